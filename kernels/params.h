@@ -1,0 +1,247 @@
+/* The parameter struct of every op: the only header that Rust mirrors (src/ops/params.rs, by bindgen).
+ *
+ * Plain C, fixed widths, 64-bit fields first, explicit padding. Device pointers are uint64_t; 0 means "absent"
+ * where a comment says optional. Every struct is passed by value as the kernel's only argument.
+ *
+ * Axis letters: M rows (prompt tokens, or one per sequence while decoding), S sequences (images x branches),
+ *   B images, R guidance branches, D hidden_size, Q query heads, G key/value heads, d head_dim, I
+ *   intermediate_size, V vocabulary, T image tokens, N network evaluations, F flow-head width, H flow-head MLP
+ *   width, L flow-head blocks, K token_dim (latent_channels * patch^2), P pixels, C channels.
+ * Element type E is float or bf16, chosen by the kernel's symbol; everything else is named.
+ * Sequences are branch-major: sequence = branch * B + image.
+ */
+#pragma once
+#include <stdint.h>
+
+/* Counter of a grid-wide barrier, alone in its cache line. Zeroed once, never reset. */
+typedef struct {
+  uint32_t count;
+  uint32_t pad[31];
+} GridBarrier;
+
+/* What changes from token to token; lives in device memory so that replayed nodes never change. */
+typedef struct {
+  uint32_t token;     /* index of the image token being made */
+  uint32_t nonfinite; /* 0, or 1 + index of the first token that came out non-finite */
+  uint32_t pad[30];
+} GenerationState;
+
+/* x[m, :] = table[ids[m], :] */
+typedef struct {
+  uint64_t ids;   /* [M] uint32, each below vocab */
+  uint64_t table; /* [V, D] E */
+  uint64_t x;     /* [M, D] float, written */
+  uint32_t rows, hidden, vocab, pad;
+} EmbedParams;
+
+/* y[s, :] = x[index[s], :] */
+typedef struct {
+  uint64_t x;     /* [M, D] float */
+  uint64_t index; /* [S] uint32, each below M */
+  uint64_t y;     /* [S, D] float, written */
+  uint32_t rows, hidden; /* rows = S */
+} GatherRowsParams;
+
+/* h = E(rms(x)) * norm_w; (q, k, v) = w h + bias; q, k rotated; k, v into the cache */
+typedef struct {
+  uint64_t x;           /* [M, D] float: residual stream */
+  uint64_t norm_w;      /* [D] E */
+  uint64_t w;           /* [(Q+2G)*d, D] E: q rows, k rows, v rows */
+  uint64_t bias;        /* [(Q+2G)*d] E, optional */
+  uint64_t rope;        /* [positions, d] float: d/2 cosines, then d/2 sines, already rounded to E */
+  uint64_t row_seq;     /* [M] uint32: sequence of the row */
+  uint64_t row_pos;     /* [M] uint32: cache slot of the row (real tokens from 0), below capacity */
+  uint64_t rope_offset; /* [S] uint32: added to the slot for the rotation angle; the sum is below positions */
+  uint64_t q;           /* [M, Q, d] E, written */
+  uint64_t k_cache;     /* [S, G, capacity, d] E, slot row_pos written */
+  uint64_t v_cache;     /* [S, G, capacity, d] E, slot row_pos written */
+  uint32_t rows, hidden, heads_q, heads_kv, head_dim, capacity, positions;
+  float eps;
+} QkvParams;
+
+/* out[m, h, :] = softmax(scale * q[m, h, :] . k[0..=row_pos[m]]) v; query head h reads kv head h / (Q/G) */
+typedef struct {
+  uint64_t q;        /* [M, Q, d] E */
+  uint64_t k_cache;  /* [S, G, capacity, d] E */
+  uint64_t v_cache;  /* [S, G, capacity, d] E */
+  uint64_t row_seq;  /* [M] uint32 */
+  uint64_t row_pos;  /* [M] uint32: the row sees slots 0..=row_pos */
+  uint64_t out;      /* [M, Q, d] E, written */
+  uint64_t partial;  /* [M, Q, splits, d + 2] float: unnormalised sum, then max, then denominator; splits > 1 */
+  uint64_t arrivals; /* [M, G] uint32, zero before and after every launch; splits > 1 */
+  uint32_t rows, heads_q, heads_kv, head_dim, capacity, splits;
+  float scale;
+  uint32_t pad;
+} AttentionParams;
+
+/* x[m, :] += w in[m, :] + bias: the output projection and the MLP's down projection */
+typedef struct {
+  uint64_t in;   /* [M, K] E */
+  uint64_t w;    /* [D, K] E */
+  uint64_t bias; /* [D] E, optional */
+  uint64_t x;    /* [M, D] float, read and written */
+  uint32_t rows, hidden, inner, pad; /* inner = K */
+} ProjectParams;
+
+/* act = silu(w_gate h + b_gate) * (w_up h + b_up), h = E(rms(x)) * norm_w */
+typedef struct {
+  uint64_t x;         /* [M, D] float */
+  uint64_t norm_w;    /* [D] E */
+  uint64_t w_gate;    /* [I, D] E */
+  uint64_t w_up;      /* [I, D] E */
+  uint64_t gate_bias; /* [I] E, optional */
+  uint64_t up_bias;   /* [I] E, optional */
+  uint64_t act;       /* [M, I] E, written */
+  uint32_t rows, hidden, intermediate;
+  float eps;
+} GateUpParams;
+
+/* h = E(rms(x)) * norm_w; c = w E(h + pos_embed[token]) + bias: final norm and image_out_projector */
+typedef struct {
+  uint64_t x;         /* [S, D] float */
+  uint64_t norm_w;    /* [D] E */
+  uint64_t pos_embed; /* [pos_rows, D] E, optional: row state.token is added */
+  uint64_t state;     /* GenerationState; read only with pos_embed */
+  uint64_t w;         /* [D, D] E */
+  uint64_t bias;      /* [D] E */
+  uint64_t norm_out;  /* [S, D] E, written: h, before the position row is added; optional */
+  uint64_t c;         /* [S, D] E, written */
+  uint32_t rows, hidden, pos_rows;
+  float eps;
+} OutProjParams;
+
+/* y = act(w x + bias) */
+typedef struct {
+  uint64_t x;    /* [M, K] E */
+  uint64_t w;    /* [O, K] E */
+  uint64_t bias; /* [O] E, optional */
+  uint64_t y;    /* [M, O] E, or float with out_f32, written */
+  uint32_t rows, outputs, inner; /* inner = K */
+  uint32_t silu;    /* 0 or 1 */
+  uint32_t out_f32; /* 0 or 1 */
+  uint32_t pad;
+} LinearParams;
+
+/* mod[n, s, :] = w silu(time[n, :] + cond[s, :]) + bias, for all evaluations n and sequences s at once */
+typedef struct {
+  uint64_t time; /* [N, F] E: time_embed(t_n) */
+  uint64_t cond; /* [S, F] E: cond_embed(c_s) */
+  uint64_t w;    /* [O, F] E, O = (3L + 2) F: per block shift, scale, gate; then final shift, scale */
+  uint64_t bias; /* [O] E */
+  uint64_t mod;  /* [N, S, O] E, written */
+  uint32_t steps, rows, width, outputs; /* N, S, F, O */
+} FlowModulationParams;
+
+/* One evaluation's place in the solver: x <- keep * x + velocity * v + noise * draw[k + 1] */
+typedef struct {
+  float keep, velocity, noise;
+  uint32_t pad;
+} SolverStep;
+
+/* The whole sampler of one image token: N evaluations of the flow head, guidance, solver, feedback */
+typedef struct {
+  uint64_t mod;   /* [N, S, (3L + 2) F] E */
+  uint64_t w_in;  /* [F, K] E: input_proj */
+  uint64_t b_in;  /* [F] E */
+  uint64_t ln_w;  /* [L, F] E: in_ln */
+  uint64_t ln_b;  /* [L, F] E */
+  uint64_t w0;    /* [L, H, F] E: mlp.0 */
+  uint64_t b0;    /* [L, H] E */
+  uint64_t w2;    /* [L, F, H] E: mlp.2 */
+  uint64_t b2;    /* [L, F] E */
+  uint64_t w_out; /* [K, F] E: final_layer.linear */
+  uint64_t b_out; /* [K] E */
+  uint64_t steps_table; /* [N] SolverStep */
+  uint64_t guidance;    /* [T, 2] float: cfg, cfg_img for every token */
+  uint64_t draws;       /* [slots, draws, B, K] float: initial noise, then one per solver step that takes one */
+  uint64_t forced_x;    /* [N, B, K] float, optional: replaces x before evaluation n (teacher forcing) */
+  uint64_t state;       /* GenerationState: token read, nonfinite written */
+  uint64_t barrier;     /* GridBarrier */
+  uint64_t h;           /* [S, F] float, scratch */
+  uint64_t a;           /* [S, H] float, scratch */
+  uint64_t v_raw;       /* [S, K] float, scratch: velocity of every sequence, rounded to E */
+  uint64_t trace_v_raw; /* [N, S, K] float, optional, written */
+  uint64_t trace_v;     /* [N, B, K] float, optional, written: after guidance */
+  uint64_t trace_x;     /* [N, B, K] float, optional, written: x after step n */
+  uint64_t sampled;     /* [B, K] float, optional, written: the token before use_norm, rounded to E */
+  uint64_t tokens;      /* [B, T, K] E: row state.token written */
+  uint64_t w_next;      /* [D, K] E: image_in_projector */
+  uint64_t b_next;      /* [D] E */
+  uint64_t x_next;      /* [S, D] float, written: input of the next transformer step */
+  uint32_t steps, images, branches, width, mlp_width, blocks, token_dim, hidden, tokens_total;
+  uint32_t draws_per_slot;  /* draws stored per token */
+  uint32_t draw_slots;      /* T when draws of every token are recorded, 1 when randn refills one slot */
+  uint32_t use_norm;        /* 0 or 1: LayerNorm over the K values of the token */
+  uint32_t rescale;         /* 0 or 1: multiply v by clamp(|v_cond| / (|v| + 1e-6), 0, 1) */
+  uint32_t pad;
+} FlowChainParams;
+
+/* Standard normal draws of one token, as torch.randn on a CUDA device gives them (ecosystem: Philox4x32-10) */
+typedef struct {
+  uint64_t state;       /* GenerationState: token read */
+  uint64_t draws;       /* [draws, B, K] float, written */
+  uint64_t seed;
+  uint64_t base_offset; /* torch generator offset before token 0, in 32-bit outputs, a multiple of 4 */
+  uint32_t draws_per_token, images, first_image, token_dim;
+  uint32_t round_bf16; /* 0 or 1: draws are rounded to bf16, as torch makes them in the model's dtype */
+  uint32_t pad;
+} RandnParams;
+
+/* state.token += 1; row_pos[s] += 1 */
+typedef struct {
+  uint64_t state;   /* GenerationState */
+  uint64_t row_pos; /* [S] uint32 */
+  uint32_t rows, pad;
+} AdvanceParams;
+
+/* latent[b, y, x, c] = E(tokens[b, (y/p) * w/p + x/p, c*p*p + (y%p)*p + x%p] / scale + shift) */
+typedef struct {
+  uint64_t tokens; /* [B, T, K] E */
+  uint64_t latent; /* [B, h, w, C] E, written */
+  uint32_t images, height, width, channels, patch; /* height, width of the latent */
+  float scale, shift;
+  uint32_t pad;
+} UnpatchifyParams;
+
+/* stats[b, g, :] = mean and 1 / sqrt(var + eps) over the pixels and channels of group g */
+typedef struct {
+  uint64_t x;     /* [B, P, C] E */
+  uint64_t stats; /* [B, groups, 2] float, written */
+  uint32_t images, pixels, channels, groups;
+  float eps;
+  uint32_t pad;
+} GroupStatsParams;
+
+/* y = w * norm(x) + bias (+ residual): 3x3 with zero padding 1, or 1x1; channels last */
+typedef struct {
+  uint64_t x;        /* [B, h_in, w_in, C_in] E; h_in = height / 2 with upsample, else height */
+  uint64_t stats;    /* [B, groups, 2] float, optional: x is normalised on load */
+  uint64_t gamma;    /* [C_in] E, with stats */
+  uint64_t beta;     /* [C_in] E, with stats */
+  uint64_t w;        /* [C_out, ksize, ksize, C_in] E */
+  uint64_t bias;     /* [C_out] E */
+  uint64_t residual; /* [B, height, width, C_out] E, optional; may be y */
+  uint64_t y;        /* [B, height, width, C_out] E, written */
+  uint32_t images, height, width, c_in, c_out, groups; /* height, width of y */
+  uint32_t ksize;    /* 1 or 3 */
+  uint32_t upsample; /* 0 or 1: x is enlarged by two, nearest, before the convolution */
+  uint32_t silu;     /* 0 or 1: swish after the normalisation; with stats */
+  uint32_t pad;
+} Conv2dParams;
+
+/* One head over all pixels: out[b, p, :] = softmax(scale * q[b, p, :] . k[b, :, :]) v[b, :, :] */
+typedef struct {
+  uint64_t q;   /* [B, P, C] E */
+  uint64_t k;   /* [B, P, C] E */
+  uint64_t v;   /* [B, P, C] E */
+  uint64_t out; /* [B, P, C] E, written */
+  uint32_t images, pixels, channels;
+  float scale;
+} VaeAttentionParams;
+
+/* rgb = rint(clamp(x / 2 + 0.5, 0, 1) * 255), half to even */
+typedef struct {
+  uint64_t x;   /* [B, h, w, 3] E */
+  uint64_t rgb; /* [B, h, w, 3] uint8, written */
+  uint64_t elements;
+} ToRgb8Params;

@@ -1,0 +1,146 @@
+//! What the executor asks of a device: memory, node lists, replay, events.
+//!
+//! Two devices implement this: `emulated` (the same `.cu` files on host fibers) and, later, `cuda`. The executor
+//! never captures streams: it records [`Node`]s with explicit dependencies, and a device turns the [`NodeList`]
+//! into whatever it can replay cheaply. Nothing in a node changes between replays: position, token index and
+//! lengths live in device memory.
+//!
+//! This module knows nothing of models or ops.
+
+pub mod emulated;
+mod node;
+
+pub use node::{Geometry, KernelId, MAX_PARAMS_BYTES, Node, NodeList, ParamBytes, Span};
+
+use crate::error::Result;
+use std::any::Any;
+use std::sync::Arc;
+
+/// An address in device memory, opaque to the host.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, PartialOrd, Ord, Hash)]
+#[repr(transparent)]
+pub struct DevicePtr(pub u64);
+
+// SAFETY: a transparent u64; every bit pattern is valid and there is no padding.
+unsafe impl bytemuck::Pod for DevicePtr {}
+// SAFETY: all-zero is the null address.
+unsafe impl bytemuck::Zeroable for DevicePtr {}
+
+impl DevicePtr {
+    /// "No buffer": kernels test optional pointers against it.
+    pub const NULL: DevicePtr = DevicePtr(0);
+
+    /// The address `bytes` further on.
+    pub fn offset(self, bytes: usize) -> DevicePtr {
+        DevicePtr(self.0 + bytes as u64)
+    }
+}
+
+/// A device allocation; freed when the last clone is dropped.
+#[derive(Clone)]
+pub struct Buffer {
+    ptr: DevicePtr,
+    bytes: usize,
+    // The device's own owner of the memory; dropping it frees.
+    _owner: Arc<dyn Any + Send + Sync>,
+}
+
+impl Buffer {
+    /// Wraps memory that `owner` frees on drop. For device implementations.
+    pub fn new(ptr: DevicePtr, bytes: usize, owner: Arc<dyn Any + Send + Sync>) -> Buffer {
+        Buffer { ptr, bytes, _owner: owner }
+    }
+
+    /// Start address.
+    pub fn ptr(&self) -> DevicePtr {
+        self.ptr
+    }
+
+    /// Size in bytes.
+    pub fn bytes(&self) -> usize {
+        self.bytes
+    }
+
+    /// The whole buffer as a span.
+    pub fn span(&self) -> Span {
+        Span { ptr: self.ptr, bytes: self.bytes }
+    }
+}
+
+impl std::fmt::Debug for Buffer {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        write!(f, "Buffer({:#x}, {} bytes)", self.ptr.0, self.bytes)
+    }
+}
+
+/// What `doctor` prints and geometry is computed from.
+#[derive(Clone, Debug)]
+pub struct DeviceInfo {
+    /// `"emulated"` or `"cuda"`.
+    pub kind: &'static str,
+    /// Human name.
+    pub name: String,
+    /// Streaming multiprocessors; grids of persistent kernels are sized by it.
+    pub sm_count: u32,
+    /// Total and free memory in bytes, where known.
+    pub memory_bytes: Option<(u64, u64)>,
+}
+
+/// A GPU, or something that behaves like one. Shared freely between threads.
+pub trait Device: Send + Sync {
+    /// Static facts.
+    fn info(&self) -> DeviceInfo;
+
+    /// Allocates `bytes` (256-byte aligned). `label` names the memory in reports and byte audits. Contents are
+    /// undefined (tests fill them with NaN).
+    fn alloc(&self, bytes: usize, label: &str) -> Result<Buffer>;
+
+    /// Gives part of an allocation a name of its own in reports and byte audits. No effect where the device
+    /// keeps none.
+    fn name_span(&self, span: Span, label: &str);
+
+    /// A new in-order queue. One per session.
+    fn stream(&self) -> Result<Box<dyn Stream>>;
+}
+
+/// An in-order queue of copies, launches and replays. Used by one thread at a time.
+pub trait Stream: Send {
+    /// Enqueues a host-to-device copy; `bytes` may be reused when the call returns.
+    fn upload(&mut self, dst: DevicePtr, bytes: &[u8]) -> Result<()>;
+
+    /// Copies device memory to the host after everything enqueued before it; blocks.
+    fn download(&mut self, src: DevicePtr, bytes: &mut [u8]) -> Result<()>;
+
+    /// Enqueues setting every byte of `span` to `byte`.
+    fn fill(&mut self, span: Span, byte: u8) -> Result<()>;
+
+    /// Enqueues one node.
+    fn launch(&mut self, node: &Node) -> Result<()>;
+
+    /// Prepares `list` for cheap replays on this stream.
+    fn instantiate(&mut self, list: Arc<NodeList>) -> Result<Box<dyn Executable>>;
+
+    /// Enqueues one replay of an executable made by this stream.
+    fn replay(&mut self, executable: &dyn Executable) -> Result<()>;
+
+    /// Marks the current end of the queue.
+    fn record(&mut self) -> Result<Box<dyn Event>>;
+
+    /// Waits until everything enqueued has run.
+    fn synchronize(&mut self) -> Result<()>;
+}
+
+/// A prepared node list; what it holds is the device's business.
+pub trait Executable: Send {
+    /// For the device's own downcast.
+    fn as_any(&self) -> &dyn Any;
+}
+
+/// A point in a stream's queue.
+pub trait Event: Send {
+    /// Whether the stream has passed the point; never blocks.
+    fn is_done(&self) -> Result<bool>;
+
+    /// Blocks until the stream has passed the point.
+    fn wait(&self) -> Result<()>;
+}

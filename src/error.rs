@@ -1,0 +1,83 @@
+//! The one error type of the library: every failure is a value that says what was expected, what was found
+//! and where. Nothing in the library panics on input, aborts, or prints.
+
+use std::path::PathBuf;
+
+/// Shorthand for results of this crate.
+pub type Result<T, E = Error> = std::result::Result<T, E>;
+
+/// Everything that can go wrong, by cause.
+#[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
+pub enum Error {
+    /// A request field is outside what the engine (or the official code) defines.
+    #[error("invalid request: {field}: {reason}")]
+    InvalidRequest { field: &'static str, reason: String },
+    /// A field of `config.json` (model or VAE) is missing, of the wrong kind or out of range.
+    #[error("invalid config {}: {field}: {reason}", path.display())]
+    InvalidConfig { path: PathBuf, field: String, reason: String },
+    /// The tokenizer files cannot be used with this model.
+    #[error("invalid tokenizer {}: {reason}", path.display())]
+    Tokenizer { path: PathBuf, reason: String },
+    /// A checkpoint file is malformed: header, offsets, index, pickle, duplicates.
+    #[error("invalid checkpoint {}: {reason}", path.display())]
+    Checkpoint { path: PathBuf, reason: String },
+    /// The checkpoint has no tensor of this name.
+    #[error("missing tensor {tensor} in {}", path.display())]
+    MissingTensor { path: PathBuf, tensor: String },
+    /// The checkpoint holds a tensor that this model does not have.
+    #[error("unexpected tensor {tensor} in {}: the config describes no such part", path.display())]
+    UnexpectedTensor { path: PathBuf, tensor: String },
+    /// The same tensor stands in the checkpoint twice.
+    #[error("duplicate tensor {tensor}: in {} and in {}", first.display(), second.display())]
+    DuplicateTensor { tensor: String, first: PathBuf, second: PathBuf },
+    /// A tensor's shape does not follow from the config.
+    #[error("tensor {tensor} in {}: expected shape {expected:?}, found {found:?}", path.display())]
+    ShapeMismatch { path: PathBuf, tensor: String, expected: Vec<usize>, found: Vec<usize> },
+    /// A tensor's element type is not one that the loader converts.
+    #[error("tensor {tensor} in {}: element type {found} is not one of f32, f16, bf16", path.display())]
+    UnsupportedDtype { path: PathBuf, tensor: String, found: String },
+    /// Device memory ran out, or a plan exceeds the budget.
+    #[error("out of memory for {what}: needs {requested_bytes} bytes, {free_bytes} free")]
+    OutOfMemory { what: String, requested_bytes: u64, free_bytes: u64 },
+    /// An op was asked for something that no chosen variant does.
+    #[error("op {op}, variant {variant}: {reason}")]
+    Unsupported { op: &'static str, variant: String, reason: String },
+    /// A kernel launch failed; on the emulated device `reason` is the emulator's report.
+    #[error("launch of {kernel} failed: {reason}")]
+    Launch { kernel: String, reason: String },
+    /// The device failed outside a launch.
+    #[error("device error: {0}")]
+    Device(String),
+    /// A sampled token is not finite.
+    #[error("non-finite values in {stage} at image token {token}")]
+    NonFinite { stage: &'static str, token: usize },
+    /// The caller asked to stop.
+    #[error("cancelled after {tokens} image tokens")]
+    Cancelled { tokens: usize },
+    /// A recorded case for `verify` is malformed.
+    #[error("invalid case {}: {reason}", path.display())]
+    InvalidCase { path: PathBuf, reason: String },
+    /// An image could not be read or written.
+    #[error("image {}: {reason}", path.display())]
+    Image { path: PathBuf, reason: String },
+    /// A file could not be opened, read or written.
+    #[error("{}: {source}", path.display())]
+    Io { path: PathBuf, source: std::io::Error },
+    /// A mistake of ours: an invariant of the library does not hold.
+    #[error("internal error: {0}")]
+    Internal(String),
+}
+
+impl Error {
+    /// Wraps an I/O error with the path it happened on.
+    pub fn io(path: impl Into<PathBuf>) -> impl FnOnce(std::io::Error) -> Error {
+        let path = path.into();
+        move |source| Error::Io { path, source }
+    }
+
+    /// An [`Error::InvalidRequest`].
+    pub fn request(field: &'static str, reason: impl Into<String>) -> Error {
+        Error::InvalidRequest { field, reason: reason.into() }
+    }
+}
