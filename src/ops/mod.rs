@@ -1,1 +1,169 @@
-//! to be written
+//! The registry of ops: one row per op, its variants, its test cases and what they cost.
+//!
+//! An op is `ops/NAME.rs` (shapes, checks, geometry, declared reads and writes), `kernels/NAME.cu` and
+//! `reference/NAME.rs`. A variant is chosen by name; nobody edits the executor to try a kernel.
+//! Ops know the device interface and nothing of models.
+
+pub mod harness;
+
+use crate::device::KernelId;
+use crate::error::{Error, Result};
+
+/// Element type of weights and activations.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
+pub enum DType {
+    /// IEEE single: verification against golden tensors.
+    F32,
+    /// bfloat16: the shipped type.
+    Bf16,
+}
+
+impl DType {
+    /// Both, in the order in which symbols are listed.
+    pub const ALL: &'static [DType] = &[DType::F32, DType::Bf16];
+
+    /// Bytes per element.
+    pub fn bytes(self) -> usize {
+        match self {
+            DType::F32 => 4,
+            DType::Bf16 => 2,
+        }
+    }
+
+    /// As in kernel symbols and on the command line.
+    pub fn name(self) -> &'static str {
+        match self {
+            DType::F32 => "f32",
+            DType::Bf16 => "bf16",
+        }
+    }
+}
+
+/// One way to compute an op.
+#[derive(Debug)]
+pub struct Variant {
+    /// Names the technique: `plain`, `tile`, `splitkv`.
+    pub name: &'static str,
+    /// Kernel of each supported element type; a variant refuses the others.
+    pub kernels: &'static [(DType, KernelId)],
+    /// One line: what it does and for which shapes.
+    pub summary: &'static str,
+}
+
+impl Variant {
+    /// The kernel for `dtype`.
+    pub fn kernel(&self, op: &'static str, dtype: DType) -> Result<KernelId> {
+        self.kernels.iter().find(|(d, _)| *d == dtype).map(|(_, k)| *k).ok_or_else(|| Error::Unsupported {
+            op,
+            variant: self.name.into(),
+            reason: format!("has no {} kernel", dtype.name()),
+        })
+    }
+}
+
+/// One row of the registry.
+pub struct Op {
+    /// Name, also of the three files.
+    pub name: &'static str,
+    /// One line: what it computes.
+    pub summary: &'static str,
+    /// What bounds it on the shipped model: bytes, FLOPs, or latency, with the figure.
+    pub bound: &'static str,
+    /// Its variants; the first is the default.
+    pub variants: &'static [Variant],
+    /// Its test and bench cases for every variant and element type.
+    pub cases: fn() -> Vec<harness::Case>,
+}
+
+impl Op {
+    /// The variant called `name`.
+    pub fn variant(&self, name: &str) -> Result<&'static Variant> {
+        let known = || self.variants.iter().map(|v| v.name).collect::<Vec<_>>().join(", ");
+        self.variants.iter().find(|v| v.name == name).ok_or_else(|| Error::Unsupported {
+            op: self.name,
+            variant: name.into(),
+            reason: format!("no such variant; known: {}", known()),
+        })
+    }
+}
+
+/// Declares the `kernels` table of a variant: `kernels!("qkv", f32: "qkv_plain_f32", bf16: "qkv_plain_bf16")`.
+#[macro_export]
+macro_rules! kernels {
+    ($module:literal, f32: $f32:literal, bf16: $bf16:literal) => {
+        &[
+            ($crate::ops::DType::F32, $crate::device::KernelId { module: $module, symbol: $f32 }),
+            ($crate::ops::DType::Bf16, $crate::device::KernelId { module: $module, symbol: $bf16 }),
+        ]
+    };
+}
+
+/// Every op, in the order in which one image uses them.
+pub fn registry() -> &'static [&'static Op] {
+    &[]
+}
+
+/// The op called `name`.
+pub fn find(name: &str) -> Result<&'static Op> {
+    registry().iter().copied().find(|op| op.name == name).ok_or_else(|| {
+        let known = registry().iter().map(|o| o.name).collect::<Vec<_>>().join(", ");
+        Error::request("kernel", format!("unknown op {name:?}; known ops: {known}"))
+    })
+}
+
+/// Variants chosen by name (`--kernel op=variant`); ops that are not named use their default for the shape.
+#[derive(Clone, Debug, Default)]
+pub struct Selection {
+    chosen: Vec<(&'static str, &'static str)>,
+}
+
+impl Selection {
+    /// Parses `op=variant` items; unknown names list the known ones.
+    pub fn parse<S: AsRef<str>>(items: &[S]) -> Result<Selection> {
+        let mut chosen: Vec<(&'static str, &'static str)> = Vec::new();
+        for item in items {
+            let item = item.as_ref();
+            let (op, variant) = item
+                .split_once('=')
+                .ok_or_else(|| Error::request("kernel", format!("{item:?} is not of the form OP=VARIANT")))?;
+            let op = find(op)?;
+            let variant = op.variant(variant)?;
+            if chosen.iter().any(|(o, _)| *o == op.name) {
+                return Err(Error::request("kernel", format!("op {} is chosen twice", op.name)));
+            }
+            chosen.push((op.name, variant.name));
+        }
+        Ok(Selection { chosen })
+    }
+
+    /// A selection of one variant, for tests.
+    pub fn one(op: &'static Op, variant: &str) -> Result<Selection> {
+        Ok(Selection { chosen: vec![(op.name, op.variant(variant)?.name)] })
+    }
+
+    /// The variant of `op`: the chosen one, else `default`.
+    pub fn variant(&self, op: &'static Op, default: &str) -> Result<&'static Variant> {
+        let name = self.chosen.iter().find(|(o, _)| *o == op.name).map_or(default, |(_, v)| v);
+        op.variant(name)
+    }
+}
+
+/// What every op wrapper needs beside its own arguments. Each `ops/NAME.rs` has
+/// `pub fn node(launch: &Launch, label: &str, args: &Args) -> Result<Node>`: it checks the shapes, picks the
+/// variant (chosen by name, else the default for the shape), and declares every span it reads and writes.
+#[derive(Clone, Copy, Debug)]
+pub struct Launch<'a> {
+    /// Variants chosen by name.
+    pub selection: &'a Selection,
+    /// Element type of weights and activations.
+    pub dtype: DType,
+    /// SMs to spread the work over.
+    pub sm_count: u32,
+    /// Whether the node may be launched before its predecessors end (programmatic dependent launch).
+    pub dependent: bool,
+}
+
+/// `numerator / denominator`, rounded up, as a grid dimension.
+pub fn div_ceil(numerator: usize, denominator: usize) -> u32 {
+    u32::try_from(numerator.div_ceil(denominator)).unwrap_or(u32::MAX)
+}
