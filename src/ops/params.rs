@@ -212,7 +212,9 @@ pub struct LinearParams {
     pub rows: u32,
     pub outputs: u32,
     pub inner: u32,
+    /// 0 or 1
     pub silu: u32,
+    /// 0 or 1
     pub out_f32: u32,
     pub pad: u32,
 }
