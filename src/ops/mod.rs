@@ -5,6 +5,7 @@
 //! Ops know the device interface and nothing of models.
 
 pub mod harness;
+pub mod params;
 
 use crate::device::KernelId;
 use crate::error::{Error, Result};
