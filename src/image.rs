@@ -63,13 +63,13 @@ impl RgbImage {
     }
 }
 
-/// The text chunks of a picture of ours; `None` is a chunk that is not there.
+/// What a picture says about its making.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
-pub struct PngText {
-    /// The line format that viewers read.
-    pub parameters: Option<String>,
-    /// JSON: every field of the request, and what ran it.
-    pub warpstep: Option<String>,
+pub struct Metadata {
+    /// The line format that viewers read, under the keyword `parameters`.
+    pub parameters: String,
+    /// JSON under the keyword `warpstep`: every field of the request, and what ran it.
+    pub json: String,
 }
 
 /// What [`read_png_info`] finds in a file.
@@ -79,14 +79,16 @@ pub struct PngInfo {
     pub width: u32,
     /// Pixels.
     pub height: u32,
-    /// The text chunks.
-    pub text: PngText,
+    /// Text under the keyword `parameters`, if there is any.
+    pub parameters: Option<String>,
+    /// Text under the keyword `warpstep`, if there is any; not checked to be JSON.
+    pub json: Option<String>,
 }
 
 /// Writes a PNG file. On any error the destination is as it was and no other file is left behind.
-pub fn write_png(path: &Path, image: &RgbImage, text: &PngText) -> Result<()> {
+pub fn write_png(path: &Path, image: &RgbImage, metadata: Option<&Metadata>) -> Result<()> {
     write_atomically(path, |file| {
-        encode_png(file, image, text).map_err(|error| match error {
+        encode_png(file, image, metadata).map_err(|error| match error {
             png::EncodingError::IoError(source) => Error::Io { path: path.into(), source },
             other => Error::Image { path: path.into(), reason: other.to_string() },
         })
@@ -94,16 +96,22 @@ pub fn write_png(path: &Path, image: &RgbImage, text: &PngText) -> Result<()> {
 }
 
 /// Writes the bytes of a PNG file.
-fn encode_png(out: impl Write, image: &RgbImage, text: &PngText) -> Result<(), png::EncodingError> {
+fn encode_png(
+    out: impl Write,
+    image: &RgbImage,
+    metadata: Option<&Metadata>,
+) -> Result<(), png::EncodingError> {
     let mut encoder = png::Encoder::new(out, image.width, image.height);
     encoder.set_color(png::ColorType::Rgb);
     encoder.set_depth(png::BitDepth::Eight);
-    for (keyword, text) in [(PARAMETERS, &text.parameters), (WARPSTEP, &text.warpstep)] {
+    for (keyword, text) in
+        metadata.into_iter().flat_map(|m| [(PARAMETERS, &m.parameters), (WARPSTEP, &m.json)])
+    {
         // Readers disagree about Latin-1 in tEXt; iTXt is UTF-8 for all of them.
-        match text {
-            Some(text) if text.is_ascii() => encoder.add_text_chunk(keyword.into(), text.clone())?,
-            Some(text) => encoder.add_itxt_chunk(keyword.into(), text.clone())?,
-            None => {}
+        if text.is_ascii() {
+            encoder.add_text_chunk(keyword.into(), text.clone())?;
+        } else {
+            encoder.add_itxt_chunk(keyword.into(), text.clone())?;
         }
     }
     let mut writer = encoder.write_header()?;
@@ -133,11 +141,12 @@ fn read_info(file: impl BufRead + Seek, path: &Path) -> Result<PngInfo> {
     let mut reader = png::Decoder::new_with_limits(BufReader::new(file), limits).read_info().map_err(fail)?;
     reader.finish().map_err(fail)?;
     let info = reader.info();
-    let text = PngText {
+    Ok(PngInfo {
+        width: info.width,
+        height: info.height,
         parameters: find_text(info, PARAMETERS).map_err(fail)?,
-        warpstep: find_text(info, WARPSTEP).map_err(fail)?,
-    };
-    Ok(PngInfo { width: info.width, height: info.height, text })
+        json: find_text(info, WARPSTEP).map_err(fail)?,
+    })
 }
 
 /// The first text under a keyword, in any of the three kinds of chunk: picture tools change one into another.

@@ -191,7 +191,7 @@ impl GenerateRequest {
     }
 
     /// One text block in the line format that picture viewers read: prompt, negative prompt, settings.
-    pub fn parameters_text(&self, model: &str) -> String {
+    pub fn webui_parameters(&self, model: &str) -> String {
         let mut text = self.prompt.clone();
         if let Some(positive) = self.positive_prompt.as_deref().filter(|positive| !positive.is_empty()) {
             text.push(' ');
@@ -201,34 +201,41 @@ impl GenerateRequest {
             text += "\nNegative prompt: ";
             text += negative;
         }
-        let s = &self.sampler;
         // Writing to a String cannot fail.
-        let _ = write!(
-            text,
-            "\nSteps: {}, Sampler: {}, CFG scale: {}, Seed: {}, Size: {}x{}, Model: {}, RNG: torch-cuda, Image: {}",
+        let _ = write!(text, "\n{}, Model: {}, RNG: torch-cuda", self.describe(), one_line(model));
+        text
+    }
+
+    /// The settings in one line, without the texts.
+    pub fn describe(&self) -> String {
+        let s = &self.sampler;
+        let mut line = format!(
+            "Steps: {}, Sampler: {}, CFG scale: {}, Seed: {}, Size: {}x{}, Image: {}",
             s.steps,
             s.sampler.name(),
             s.guidance_scale,
             self.seed,
             self.width,
             self.height,
-            one_line(model),
             self.first_image,
         );
+        if self.n > 1 {
+            let _ = write!(line, "-{}", u64::from(self.first_image) + u64::from(self.n) - 1);
+        }
         if s.image_guidance_scale != 1.0 {
-            let _ = write!(text, ", Image CFG scale: {}", s.image_guidance_scale);
+            let _ = write!(line, ", Image CFG scale: {}", s.image_guidance_scale);
         }
         if s.guidance_schedule != GuidanceSchedule::Constant {
-            let _ = write!(text, ", CFG schedule: {}", s.guidance_schedule.name());
+            let _ = write!(line, ", CFG schedule: {}", s.guidance_schedule.name());
         }
         if s.sampler.uses_noise_level() {
-            let _ = write!(text, ", Noise level: {}", s.noise_level_or_default());
+            let _ = write!(line, ", Noise level: {}", s.noise_level_or_default());
         }
-        let _ = write!(text, ", Shift: {}, Use norm: {}", s.timesteps_shift, s.use_norm);
+        let _ = write!(line, ", Shift: {}, Use norm: {}", s.timesteps_shift, s.use_norm);
         if s.rescale {
-            text += ", CFG rescale: true";
+            line += ", CFG rescale: true";
         }
-        text
+        line
     }
 
     fn check_texts(&self, limits: &Limits) -> Result<()> {

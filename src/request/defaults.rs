@@ -37,6 +37,29 @@ impl Preset {
             _ => None,
         }
     }
+
+    /// The settings.
+    pub fn defaults(self) -> Defaults {
+        match self {
+            Preset::T2i => AUGUST_T2I,
+            Preset::Edit => AUGUST_EDIT,
+        }
+    }
+}
+
+impl ModelKind {
+    /// The model of a checkpoint folder. The released 14B models have one and the same config, so their folder or
+    /// repository name tells them apart; the demo model is known by its width.
+    pub fn recognise(name: &str, hidden_size: usize) -> Option<ModelKind> {
+        let name = name.to_ascii_lowercase();
+        match hidden_size {
+            192 => Some(ModelKind::Demo),
+            5120 if name.contains("nextstep-1.1") => Some(ModelKind::NextStep11),
+            5120 if name.contains("nextstep-1-large-edit") => Some(ModelKind::NextStep1LargeEdit),
+            5120 if name.contains("nextstep-1-large") => Some(ModelKind::NextStep1Large),
+            _ => None,
+        }
+    }
 }
 
 /// A value for every field that may be left out. Prompt and seed have none.
@@ -115,11 +138,8 @@ impl Defaults {
         }
     }
 
-    /// The settings of a preset.
-    pub fn preset(preset: Preset) -> Defaults {
-        match preset {
-            Preset::T2i => AUGUST_T2I,
-            Preset::Edit => AUGUST_EDIT,
-        }
+    /// The settings of a recognised model, else those of text to image.
+    pub fn for_checkpoint(name: &str, hidden_size: usize) -> Defaults {
+        ModelKind::recognise(name, hidden_size).map_or(AUGUST_T2I, Defaults::for_model)
     }
 }

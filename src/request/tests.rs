@@ -48,7 +48,7 @@ fn every_models_defaults_are_valid() {
         .validate_with_pictures(&LIMITS, 1)
         .unwrap();
     for (name, kind) in [("t2i", ModelKind::NextStep1Large), ("edit", ModelKind::NextStep1LargeEdit)] {
-        assert_eq!(Defaults::preset(Preset::from_name(name).unwrap()), Defaults::for_model(kind));
+        assert_eq!(Preset::from_name(name).unwrap().defaults(), Defaults::for_model(kind));
     }
     assert_eq!(Preset::from_name("T2I"), None);
 }
@@ -318,6 +318,18 @@ fn the_official_names_are_understood() {
 }
 
 #[test]
+fn models_are_recognised_by_width_and_name() {
+    let kind = |name, hidden_size| ModelKind::recognise(name, hidden_size);
+    assert_eq!(kind("NextStep-1-Large", 5120), Some(ModelKind::NextStep1Large));
+    assert_eq!(kind("NextStep-1-Large-Pretrain", 5120), Some(ModelKind::NextStep1Large));
+    assert_eq!(kind("nextstep-1-large-edit", 5120), Some(ModelKind::NextStep1LargeEdit));
+    assert_eq!(kind("models--stepfun-ai--NextStep-1.1", 5120), Some(ModelKind::NextStep11));
+    assert_eq!(kind("demo", 192), Some(ModelKind::Demo));
+    assert_eq!(kind("something-else", 5120), None);
+    assert_eq!(kind("NextStep-1.1", 2048), None);
+}
+
+#[test]
 fn a_missing_prompt_is_refused() {
     let fields = RequestFields::from_json("{}").unwrap();
     assert_eq!(refused(fields.resolve(&Defaults::for_model(ModelKind::Demo))).0, "prompt");
@@ -345,17 +357,18 @@ fn parameters_are_written_as_viewers_read_them() {
         r#"{"prompt": "a cat, sitting", "seed": 7, "n": 3, "size": "256x512", "noise_level": 0.5}"#,
         ModelKind::NextStep11,
     );
-    let text = request.single(1).parameters_text("NextStep-1.1,\n evil");
+    let text = request.single(1).webui_parameters("NextStep-1.1,\n evil");
     let lines: Vec<&str> = text.lines().collect();
     assert_eq!(lines[0], "a cat, sitting");
     assert!(lines[1].starts_with("Negative prompt: lowres, bad anatomy"), "{text}");
     assert_eq!(
         lines[2],
-        "Steps: 30, Sampler: sde, CFG scale: 7.5, Seed: 7, Size: 256x512, Model: NextStep-1.1   evil, RNG: torch-cuda, \
-         Image: 1, Noise level: 0.5, Shift: 1, Use norm: false"
+        "Steps: 30, Sampler: sde, CFG scale: 7.5, Seed: 7, Size: 256x512, Image: 1, Noise level: 0.5, Shift: 1, \
+         Use norm: false, Model: NextStep-1.1   evil, RNG: torch-cuda"
     );
+    assert!(request.describe().contains("Image: 0-2,"), "{}", request.describe());
     let positive = with(|r| r.positive_prompt = Some("sharp".into()));
-    assert!(positive.parameters_text("m").starts_with("a red circle sharp\nSteps: 20"));
+    assert!(positive.webui_parameters("m").starts_with("a red circle sharp\nSteps: 20"));
 }
 
 proptest! {
