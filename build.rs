@@ -174,8 +174,14 @@ fn compile_all(tree: &Tree, jobs: &[Job]) -> Result<Vec<Built>> {
     })
     .map_err(|_| "a compile thread panicked")?;
     results.sort_by_key(|(index, _)| *index);
-    let failed: String = results.iter().filter_map(|(_, result)| result.as_ref().err().cloned()).collect();
-    if failed.is_empty() { results.into_iter().map(|(_, result)| result).collect() } else { Err(failed) }
+    // A mistake in a shared header fails everywhere, and a mistake in a kernel fails in both compilers: tell it once.
+    let failed: Vec<&str> =
+        results.iter().filter_map(|(_, result)| result.as_ref().err()).map(String::as_str).collect();
+    match failed.as_slice() {
+        [] => results.into_iter().map(|(_, result)| result).collect(),
+        [first] => Err((*first).to_owned()),
+        [first, others @ ..] => Err(format!("{first}{} more compilations failed", others.len())),
+    }
 }
 
 /// The first line of `program --version` that `accept`s; an error names what to do.
