@@ -113,7 +113,7 @@ template <class T>
 DEV T shfl_idx(T v, uint32_t lane, uint32_t mask = FULL) {
   return __shfl_sync(mask, v, lane);
 }
-DEV uint32_t ballot(bool b, uint32_t mask = FULL) { return __ballot_sync(mask, b); }
+DEV uint32_t warp_ballot(bool b, uint32_t mask = FULL) { return __ballot_sync(mask, b); }
 
 // ---- global memory ----
 DEV v4u ld_nc_v4(const void* p) {

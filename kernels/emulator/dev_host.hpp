@@ -118,9 +118,9 @@ template <class T>
 DEV T shfl_idx(T v, uint32_t lane, uint32_t mask = FULL SITE_) {
   return emu::shuffle(v, lane & 31, mask, "shfl_idx", site);
 }
-DEV uint32_t ballot(bool b, uint32_t mask = FULL SITE_) {
+DEV uint32_t warp_ballot(bool b, uint32_t mask = FULL SITE_) {
   emu::Exchange mine{b, 0, 0};
-  emu::warp_collective(emu::ballot_lanes, &mine, mask, false, "ballot", site);
+  emu::warp_collective(emu::ballot_lanes, &mine, mask, false, "warp_ballot", site);
   return mine.out;
 }
 template <int W = 32>

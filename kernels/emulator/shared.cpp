@@ -53,9 +53,13 @@ void shared_start(Block* b, size_t dynamic_bytes) {
   __asan_poison_memory_region(b->shared, kArenaBytes);
 #endif
   b->statics.clear();
-  b->used = b->static_bytes = 0;
+  b->static_bytes = 0;
+  b->used = kSharedGap;  // without dynamic memory its address is that of a gap
   b->dynamic_bytes = dynamic_bytes;
-  if (dynamic_bytes) carve(b, dynamic_bytes, 1024);
+  if (dynamic_bytes) {
+    b->used = 0;
+    carve(b, dynamic_bytes, 1024);
+  }
 }
 
 void* shared_dynamic() { return current()->block->shared; }

@@ -25,7 +25,7 @@ KERNEL(emu_exchange, PrimitiveParams, 32, 1) {
   out[32 + t] = shfl_down(v, 3);
   out[64 + t] = shfl_up(v, 3);
   out[96 + t] = shfl_idx(v, 7);
-  out[128 + t] = as_f32(ballot(static_cast<int>(v) & 1));
+  out[128 + t] = as_f32(warp_ballot(static_cast<int>(v) & 1));
   out[160 + t] = warp_sum(v);
   out[192 + t] = warp_sum<8>(v);
   out[224 + t] = warp_max(v);
@@ -67,7 +67,7 @@ KERNEL(emu_mma, PrimitiveParams, 32, 1) {
   const uint32_t row = lane >> 2, col = (lane & 3) * 2;
   out[row * 8 + col] = c[0], out[row * 8 + col + 1] = c[1];
   out[(row + 8) * 8 + col] = c[2], out[(row + 8) * 8 + col + 1] = c[3];
-  const uint32_t differing = ballot(b[0] != bt[0] || b[1] != bt[1] || b[2] != bt[2] || b[3] != bt[3]);
+  const uint32_t differing = warp_ballot(b[0] != bt[0] || b[1] != bt[1] || b[2] != bt[2] || b[3] != bt[3]);
   if (lane == 0) out[128] = static_cast<float>(differing);
 }
 
