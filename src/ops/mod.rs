@@ -111,20 +111,22 @@ macro_rules! kernels {
     };
 }
 
+static OPS: &[&Op] = &[
+    &embed::OP,
+    &qkv::OP,
+    &attention::OP,
+    &o_proj::OP,
+    &gate_up::OP,
+    &down::OP,
+    &gather_rows::OP,
+    &out_proj::OP,
+    &linear::OP,
+    &advance::OP,
+];
+
 /// Every op, in the order in which one image uses them.
 pub fn registry() -> &'static [&'static Op] {
-    &[
-        &embed::OP,
-        &qkv::OP,
-        &attention::OP,
-        &o_proj::OP,
-        &gate_up::OP,
-        &down::OP,
-        &gather_rows::OP,
-        &out_proj::OP,
-        &linear::OP,
-        &advance::OP,
-    ]
+    OPS
 }
 
 /// The op called `name`.
