@@ -244,3 +244,6 @@ fn gather(
     }
     Ok(out)
 }
+
+#[cfg(test)]
+mod tests;
