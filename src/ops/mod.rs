@@ -142,6 +142,15 @@ impl Selection {
         Ok(Selection { chosen: vec![(op.name, op.variant(variant)?.name)] })
     }
 
+    /// The same with `variant` for `op` where nothing else was chosen. Stages fix their variants with it: were
+    /// they chosen by the number of rows, an image's bits would depend on how many are in the batch.
+    pub fn or(mut self, op: &'static Op, variant: &str) -> Result<Selection> {
+        if !self.chosen.iter().any(|(o, _)| *o == op.name) {
+            self.chosen.push((op.name, op.variant(variant)?.name));
+        }
+        Ok(self)
+    }
+
     /// The variant of `op`: the chosen one, else `default`.
     pub fn variant(&self, op: &'static Op, default: &str) -> Result<&'static Variant> {
         let name = self.chosen.iter().find(|(o, _)| *o == op.name).map_or(default, |(_, v)| v);
