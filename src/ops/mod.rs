@@ -4,8 +4,20 @@
 //! `reference/NAME.rs`. A variant is chosen by name; nobody edits the executor to try a kernel.
 //! Ops know the device interface and nothing of models.
 
+pub mod advance;
+pub mod attention;
+pub mod down;
+pub mod embed;
+pub mod gate_up;
+pub mod gather_rows;
 pub mod harness;
+pub mod linear;
+pub mod o_proj;
+pub mod out_proj;
 pub mod params;
+pub mod project;
+pub mod qkv;
+pub mod shared;
 
 use crate::device::KernelId;
 use crate::error::{Error, Result};
@@ -99,9 +111,22 @@ macro_rules! kernels {
     };
 }
 
+static OPS: &[&Op] = &[
+    &embed::OP,
+    &qkv::OP,
+    &attention::OP,
+    &o_proj::OP,
+    &gate_up::OP,
+    &down::OP,
+    &gather_rows::OP,
+    &out_proj::OP,
+    &linear::OP,
+    &advance::OP,
+];
+
 /// Every op, in the order in which one image uses them.
 pub fn registry() -> &'static [&'static Op] {
-    &[]
+    OPS
 }
 
 /// The op called `name`.

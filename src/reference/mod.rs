@@ -4,6 +4,15 @@
 //! [`PlainF32`] or [`PlainBf16`] it is the plain low-precision evaluation whose own error sets the tolerance
 //! (at most twice that error, see [`crate::ops::harness`]).
 
+pub mod attention;
+pub mod gate_up;
+pub mod gather_rows;
+pub mod linear;
+pub mod norm;
+pub mod out_proj;
+pub mod project;
+pub mod qkv;
+
 use num_traits::Float;
 
 /// How a reference computes and where it rounds.
