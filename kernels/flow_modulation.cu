@@ -112,7 +112,10 @@ DEV void flow_modulation(const FlowModulationParams& p) {
   const uint32_t stride = weight_stride<E>(p.width), per_block = block_columns<E>(p.width);
   const uint32_t first = bid_x() * per_block;
   const uint32_t columns = p.outputs - first < per_block ? p.outputs - first : per_block;
+  griddep_launch();
   stage_weights(weights, ptr<const E>(p.w) + static_cast<size_t>(first) * p.width, columns, p.width, stride);
+  /* Up to here only weights were read; time and cond come from the launches before. */
+  griddep_wait();
 
   /* Columns that do not exist repeat the first; their sums are dropped. */
   const uint32_t tx = tid_x() % kLanes, ty = tid_x() / kLanes;

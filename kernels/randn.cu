@@ -50,6 +50,8 @@ DEV float first_normal(v2u word) {
 
 /* Grid: all draws of the token / 256, rounded up. Block: 256 threads. */
 KERNEL(randn_plain, RandnParams, kThreads, 1) {
+  griddep_launch();
+  griddep_wait();
   const uint32_t per_draw = p.images * p.token_dim;
   const uint32_t i = bid_x() * kThreads + tid_x();
   if (i >= p.draws_per_token * per_draw) return;
