@@ -8,6 +8,8 @@ pub mod advance;
 pub mod attention;
 pub mod down;
 pub mod embed;
+pub mod flow_chain;
+pub mod flow_modulation;
 pub mod gate_up;
 pub mod gather_rows;
 pub mod harness;
@@ -17,6 +19,7 @@ pub mod out_proj;
 pub mod params;
 pub mod project;
 pub mod qkv;
+pub mod randn;
 pub mod shared;
 
 use crate::device::KernelId;
@@ -121,6 +124,9 @@ static OPS: &[&Op] = &[
     &gather_rows::OP,
     &out_proj::OP,
     &linear::OP,
+    &flow_modulation::OP,
+    &randn::OP,
+    &flow_chain::OP,
     &advance::OP,
 ];
 

@@ -5,6 +5,9 @@
 //! (at most twice that error, see [`crate::ops::harness`]).
 
 pub mod attention;
+pub mod flow_chain;
+pub mod flow_head;
+pub mod flow_modulation;
 pub mod gate_up;
 pub mod gather_rows;
 pub mod linear;
@@ -12,6 +15,8 @@ pub mod norm;
 pub mod out_proj;
 pub mod project;
 pub mod qkv;
+pub mod randn;
+pub mod samplers;
 
 use num_traits::Float;
 
