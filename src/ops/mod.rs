@@ -4,8 +4,14 @@
 //! `reference/NAME.rs`. A variant is chosen by name; nobody edits the executor to try a kernel.
 //! Ops know the device interface and nothing of models.
 
+pub mod conv2d;
+pub mod group_stats;
 pub mod harness;
 pub mod params;
+pub mod shared;
+pub mod to_rgb8;
+pub mod unpatchify;
+pub mod vae_attention;
 
 use crate::device::KernelId;
 use crate::error::{Error, Result};
@@ -101,7 +107,8 @@ macro_rules! kernels {
 
 /// Every op, in the order in which one image uses them.
 pub fn registry() -> &'static [&'static Op] {
-    &[]
+    static OPS: &[&Op] = &[&unpatchify::OP, &conv2d::OP, &group_stats::OP, &vae_attention::OP, &to_rgb8::OP];
+    OPS
 }
 
 /// The op called `name`.

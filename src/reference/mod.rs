@@ -4,6 +4,13 @@
 //! [`PlainF32`] or [`PlainBf16`] it is the plain low-precision evaluation whose own error sets the tolerance
 //! (at most twice that error, see [`crate::ops::harness`]).
 
+pub mod conv2d;
+pub mod group_stats;
+pub mod parallel;
+pub mod to_rgb8;
+pub mod unpatchify;
+pub mod vae_attention;
+
 use num_traits::Float;
 
 /// How a reference computes and where it rounds.
