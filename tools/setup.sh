@@ -20,5 +20,7 @@ rm -rf .cuda
 python3 -m pip install --quiet --no-cache-dir --no-deps --no-compile --disable-pip-version-check \
     --target .cuda --requirement "$requirements"
 .cuda/nvidia/cu13/bin/nvcc --version | tail -n 2
+# cargo cannot watch for a compiler that was not there: have it run the build script again.
+touch build.rs
 printf '%s\n' "$wanted" >.cuda/.stamp
 echo "setup: installed $(du -sm .cuda | cut -f1) MiB into .cuda"

@@ -7,6 +7,7 @@
 //!
 //! This module knows nothing of models or ops.
 
+pub mod cubins;
 pub mod emulated;
 mod node;
 

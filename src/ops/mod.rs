@@ -4,10 +4,21 @@
 //! `reference/NAME.rs`. A variant is chosen by name; nobody edits the executor to try a kernel.
 //! Ops know the device interface and nothing of models.
 
+pub mod advance;
+pub mod attention;
 pub mod conv2d;
+pub mod down;
+pub mod embed;
+pub mod gate_up;
+pub mod gather_rows;
 pub mod group_stats;
 pub mod harness;
+pub mod linear;
+pub mod o_proj;
+pub mod out_proj;
 pub mod params;
+pub mod project;
+pub mod qkv;
 pub mod shared;
 pub mod to_rgb8;
 pub mod unpatchify;
@@ -107,8 +118,23 @@ macro_rules! kernels {
 
 /// Every op, in the order in which one image uses them.
 pub fn registry() -> &'static [&'static Op] {
-    static OPS: &[&Op] = &[&unpatchify::OP, &conv2d::OP, &group_stats::OP, &vae_attention::OP, &to_rgb8::OP];
-    OPS
+    &[
+        &embed::OP,
+        &qkv::OP,
+        &attention::OP,
+        &o_proj::OP,
+        &gate_up::OP,
+        &down::OP,
+        &gather_rows::OP,
+        &out_proj::OP,
+        &linear::OP,
+        &advance::OP,
+        &unpatchify::OP,
+        &conv2d::OP,
+        &group_stats::OP,
+        &vae_attention::OP,
+        &to_rgb8::OP,
+    ]
 }
 
 /// The op called `name`.

@@ -4,9 +4,17 @@
 //! [`PlainF32`] or [`PlainBf16`] it is the plain low-precision evaluation whose own error sets the tolerance
 //! (at most twice that error, see [`crate::ops::harness`]).
 
+pub mod attention;
 pub mod conv2d;
+pub mod gate_up;
+pub mod gather_rows;
 pub mod group_stats;
+pub mod linear;
+pub mod norm;
+pub mod out_proj;
 pub mod parallel;
+pub mod project;
+pub mod qkv;
 pub mod to_rgb8;
 pub mod unpatchify;
 pub mod vae_attention;

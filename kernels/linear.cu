@@ -1,0 +1,50 @@
+/* A Linear layer: y[m, :] = act(E(w x[m, :] + bias)).
+ *
+ * x [M, K] E, w [O, K] E, bias [O] E optional, y [M, O] E or float.
+ * Rounded to E: the sum after the bias, and silu of it. out_f32 only widens what a Linear would store, so that
+ * image_in_projector feeds the float residual stream, and lm_head the logits, with the values of the official code.
+ * Bound for few rows: the bytes of w (lm_head at 14B: 1.56 GB); many rows: 2 K O FLOP per row.
+ * A unit (gemv.cuh) is two neighbouring outputs.
+ * Variants: plain (warp per unit, one pass over w for up to 8 rows), tile (64 x 64 tiles, many rows).
+ */
+#include "gemm_tile.cuh"
+#include "gemv.cuh"
+
+template <class E, bool TILE>
+DEV void linear(const LinearParams& p) {
+  const E* w = ptr<const E>(p.w);
+  const E* bias = ptr<const E>(p.bias);
+  auto weight = [&](uint32_t unit, uint32_t which) -> const E* {
+    const uint32_t out = unit * 2 + which;
+    return out < p.outputs ? w + size_t(out) * p.inner : nullptr;
+  };
+  auto emit_one = [&](uint32_t row, uint32_t out, float sum) {
+    float y = round_to<E>(bias ? sum + to_f32(bias[out]) : sum);
+    if (p.silu) y = round_to<E>(silu(y));
+    const size_t at = size_t(row) * p.outputs + out;
+    if (p.out_f32) {
+      ptr<float>(p.y)[at] = y;
+    } else {
+      ptr<E>(p.y)[at] = from_f32<E>(y);
+    }
+  };
+  auto emit = [&](uint32_t row, uint32_t unit, float a, float b) {
+    emit_one(row, unit * 2, a);
+    if (unit * 2 + 1 < p.outputs) emit_one(row, unit * 2 + 1, b);
+  };
+
+  griddep_launch();
+  griddep_wait();
+  const Raw<E> h{ptr<const E>(p.x)};
+  const bool vec = p.inner % 8 == 0 && aligned16(p.x | p.w);
+  if (TILE) {
+    gemm_tile<E>(h, p.rows, p.inner, (p.outputs + 1) / 2, vec, weight, emit);
+  } else {
+    gemv<E>(h, p.rows, p.inner, (p.outputs + 1) / 2, vec, weight, emit);
+  }
+}
+
+KERNEL(linear_plain_f32, LinearParams, 256, 2) { linear<float, false>(p); }
+KERNEL(linear_plain_bf16, LinearParams, 256, 2) { linear<bf16, false>(p); }
+KERNEL(linear_tile_f32, LinearParams, 256, 2) { linear<float, true>(p); }
+KERNEL(linear_tile_bf16, LinearParams, 256, 2) { linear<bf16, true>(p); }

@@ -1,0 +1,59 @@
+/* Final RMSNorm and image_out_projector, for the last row of every sequence.
+ *
+ *   h[s, :] = E(E(x[s, :] / rms(x[s, :])) * norm_w)                    x [S, D] float; h to norm_out if asked for
+ *   c[s, :] = E(w E(h[s, :] + pos_embed[token, :]) + bias)             w [D, D] E; pos_embed optional
+ *
+ * Rounded to E: the normalised x, h, the sum with the position row, c. Accumulation in float.
+ * Bound at 14B: 52.4 MB of bf16 weights per token.
+ * A unit (gemv.cuh) is two neighbouring outputs. Variants: plain.
+ */
+#include "gemv.cuh"
+
+/* Every block writes its share of norm_out [rows, D]. */
+template <class E>
+DEV void write_norm(const OutProjParams& p, Normed<E> h) {
+  SMEM(float, inverse_rms, kRowGroup);
+  E* norm_out = ptr<E>(p.norm_out);
+  const bool vec = p.hidden % 8 == 0 && aligned16(p.x);
+  for (uint32_t row0 = 0; row0 < p.rows; row0 += kRowGroup) {
+    const uint32_t rows = p.rows - row0 < kRowGroup ? p.rows - row0 : kRowGroup;
+    block_sync();
+    prepare(h, inverse_rms, row0, rows, p.hidden, vec);
+    for (uint32_t i = bid_x() * kThreads + tid_x(); i < rows * p.hidden; i += nbid_x() * kThreads) {
+      const size_t at = size_t(row0) * p.hidden + i;
+      norm_out[at] = from_f32<E>(normed_value(h, h.x[at], inverse_rms[i / p.hidden], i % p.hidden));
+    }
+  }
+}
+
+template <class E>
+DEV void out_proj(const OutProjParams& p) {
+  const E* w = ptr<const E>(p.w);
+  const E* bias = ptr<const E>(p.bias);
+  E* c = ptr<E>(p.c);
+  auto weight = [&](uint32_t unit, uint32_t which) -> const E* {
+    const uint32_t out = unit * 2 + which;
+    return out < p.hidden ? w + size_t(out) * p.hidden : nullptr;
+  };
+  auto emit = [&](uint32_t row, uint32_t unit, float a, float b) {
+    const uint32_t out = unit * 2;
+    E* to = c + size_t(row) * p.hidden + out;
+    to[0] = from_f32<E>(a + to_f32(bias[out]));
+    if (out + 1 < p.hidden) to[1] = from_f32<E>(b + to_f32(bias[out + 1]));
+  };
+
+  griddep_launch();
+  griddep_wait();
+  Normed<E> h{ptr<const float>(p.x), ptr<const E>(p.norm_w), nullptr, p.eps};
+  if (p.norm_out) write_norm(p, h);
+  if (p.pos_embed) {
+    const uint32_t token = ptr<const GenerationState>(p.state)->token;
+    /* The table ends before the image does only if the request was not checked: no row is added then. */
+    if (token < p.pos_rows) h.add = ptr<const E>(p.pos_embed) + size_t(token) * p.hidden;
+  }
+  const bool vec = p.hidden % 8 == 0 && aligned16(p.x | p.norm_w | p.pos_embed | p.w);
+  gemv<E>(h, p.rows, p.hidden, (p.hidden + 1) / 2, vec, weight, emit);
+}
+
+KERNEL(out_proj_plain_f32, OutProjParams, 256, 2) { out_proj<float>(p); }
+KERNEL(out_proj_plain_bf16, OutProjParams, 256, 2) { out_proj<bf16>(p); }

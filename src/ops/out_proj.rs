@@ -1,0 +1,202 @@
+//! `out_proj`: final RMSNorm and `image_out_projector`, from the last row of every sequence to its condition.
+
+use super::harness::{Case, Check, Rig, Scale, compare};
+use super::params::{GenerationState, OutProjParams};
+use super::shared::{self, Checks};
+use super::{DType, Launch, Op, Variant};
+use crate::device::{Node, ParamBytes, Span};
+use crate::error::Result;
+use crate::kernels;
+use crate::reference::out_proj::{OutProj, out_proj};
+use crate::reference::{Exact, PlainBf16, PlainF32};
+
+/// The registry row.
+pub static OP: Op = Op {
+    name: "out_proj",
+    summary: "c = w (rms(x) + pos_embed[token]) + bias; rms(x) kept if asked for",
+    bound: "bytes of w (52.4 MB per token at 14B in bf16)",
+    variants: &[Variant {
+        name: "plain",
+        kernels: kernels!("out_proj", f32: "out_proj_plain_f32", bf16: "out_proj_plain_bf16"),
+        summary: "warp per two outputs, weights read once per 8 rows; any shape",
+    }],
+    cases,
+};
+
+/// The table of position rows and the counter that picks one.
+#[derive(Clone, Copy, Debug)]
+pub struct PosEmbed {
+    /// `[rows, hidden_size]`
+    pub table: Span,
+    /// Rows of the table; a token beyond them gets none.
+    pub rows: usize,
+    /// [`GenerationState`]: row `token` is added.
+    pub state: Span,
+}
+
+/// Tensors and dimensions; shapes in `kernels/params.h` (`OutProjParams`).
+#[derive(Clone, Copy, Debug)]
+pub struct Args {
+    /// `[rows, hidden_size]` f32.
+    pub x: Span,
+    /// `[hidden_size]`
+    pub norm_w: Span,
+    /// `gen_pos_embed`, if the model has one.
+    pub pos_embed: Option<PosEmbed>,
+    /// `[hidden_size, hidden_size]`
+    pub w: Span,
+    /// `[hidden_size]`
+    pub bias: Span,
+    /// `[rows, hidden_size]`, written: the normalised rows.
+    pub norm_out: Option<Span>,
+    /// `[rows, hidden_size]`, written.
+    pub c: Span,
+    /// Rows: one per sequence.
+    pub rows: usize,
+    /// `hidden_size`.
+    pub hidden: usize,
+    /// `rms_norm_eps`.
+    pub eps: f32,
+}
+
+/// The node that computes `args`.
+pub fn node(launch: &Launch, label: &str, args: &Args) -> Result<Node> {
+    let a = args;
+    let variant = launch.selection.variant(&OP, "plain")?;
+    let checks = Checks::new(OP.name, variant.name);
+    let e = launch.dtype.bytes();
+    checks.product("rows * hidden", &[a.rows, a.hidden])?;
+    let x = checks.span("x", a.x, 4, &[a.rows, a.hidden])?;
+    let norm_w = checks.span("norm_w", a.norm_w, e, &[a.hidden])?;
+    let w = checks.span("w", a.w, e, &[a.hidden, a.hidden])?;
+    let bias = checks.span("bias", a.bias, e, &[a.hidden])?;
+    let norm_out = checks.optional("norm_out", a.norm_out, e, &[a.rows, a.hidden])?;
+    let c = checks.span("c", a.c, e, &[a.rows, a.hidden])?;
+    let mut reads = vec![x, norm_w, w, bias];
+    let (mut pos_embed, mut state, mut pos_rows) = (0, 0, 0);
+    if let Some(p) = a.pos_embed {
+        let table = checks.span("pos_embed", p.table, e, &[p.rows, a.hidden])?;
+        let counter = checks.span("state", p.state, size_of::<GenerationState>(), &[1])?;
+        reads.extend([table, counter]);
+        (pos_embed, state, pos_rows) = (table.ptr.0, counter.ptr.0, checks.dim("pos_rows", p.rows)?);
+    }
+    let params = OutProjParams {
+        x: x.ptr.0,
+        norm_w: norm_w.ptr.0,
+        pos_embed,
+        state,
+        w: w.ptr.0,
+        bias: bias.ptr.0,
+        norm_out: shared::address(norm_out),
+        c: c.ptr.0,
+        rows: checks.dim("rows", a.rows)?,
+        hidden: checks.dim("hidden", a.hidden)?,
+        pos_rows,
+        eps: a.eps,
+    };
+    let mut writes = vec![c];
+    writes.extend(norm_out);
+    Ok(Node {
+        label: label.into(),
+        kernel: variant.kernel(OP.name, launch.dtype)?,
+        geometry: shared::product_geometry(launch, variant.name, a.rows, a.hidden, a.hidden.div_ceil(2)),
+        params: ParamBytes::of(&params),
+        reads,
+        writes,
+    })
+}
+
+/// One test shape; `pos_embed` is the number of position rows and the token.
+#[derive(Clone, Copy, Debug)]
+struct Shape {
+    rows: usize,
+    hidden: usize,
+    pos_embed: Option<(usize, u32)>,
+    norm_out: bool,
+}
+
+fn cases() -> Vec<Case> {
+    let shape = |rows, hidden, pos_embed, norm_out| Shape { rows, hidden, pos_embed, norm_out };
+    let shapes = [
+        shape(1, 96, None, true),
+        shape(2, 192, Some((16, 5)), false),
+        shape(3, 80, Some((4, 3)), true),
+        // A token beyond the table has no position row.
+        shape(3, 80, Some((4, 4)), true),
+        shape(5, 75, Some((9, 0)), true),
+        shape(9, 96, None, false),
+        shape(18, 66, Some((3, 1)), true),
+    ];
+    let real = [1, 2, 3].map(|rows| shape(rows, 5120, None, true));
+    let mut cases = Vec::new();
+    for &dtype in DType::ALL {
+        for s in shapes {
+            let scale = shared::scale_for((2 * s.rows * s.hidden * s.hidden) as u64);
+            cases.push(make_case(s, dtype, scale));
+        }
+        for s in real {
+            cases.push(make_case(s, dtype, Scale::Real));
+        }
+    }
+    cases
+}
+
+fn make_case(s: Shape, dtype: DType, scale: Scale) -> Case {
+    let flops = (2 * s.rows * s.hidden * s.hidden) as u64;
+    let bytes = (s.hidden * s.hidden * dtype.bytes()) as u64;
+    let pos = s.pos_embed.map_or("none".into(), |(rows, token)| format!("{token}of{rows}"));
+    let label =
+        format!("rows={},hidden={},pos_embed={pos},norm_out={}", s.rows, s.hidden, u8::from(s.norm_out));
+    shared::case(&OP, "plain", dtype, scale, (bytes, flops), label, move |rig, launch| run(rig, launch, s))
+}
+
+fn run(rig: &mut Rig, launch: &Launch, s: Shape) -> Result<Vec<Check>> {
+    let dtype = launch.dtype;
+    let x = rig.random("x", DType::F32, s.rows * s.hidden, 2.0)?;
+    let norm_w = rig.random("norm_w", dtype, s.hidden, 1.0)?;
+    let w = rig.random("w", dtype, s.hidden * s.hidden, 1.0 / (s.hidden as f32).sqrt())?;
+    let bias = rig.random("bias", dtype, s.hidden, 0.5)?;
+    let c = rig.output("c", dtype, s.rows * s.hidden)?;
+    let norm_out = s.norm_out.then(|| rig.output("norm_out", dtype, s.rows * s.hidden)).transpose()?;
+    let mut added = None;
+    let mut pos_embed = None;
+    if let Some((rows, token)) = s.pos_embed {
+        let table = rig.random("pos_embed", dtype, rows * s.hidden, 0.7)?;
+        let state = GenerationState { token, ..Default::default() };
+        let state = rig.bytes("state", bytemuck::bytes_of(&state))?;
+        pos_embed = Some(PosEmbed { table: table.span, rows, state });
+        added = table.values.chunks_exact(s.hidden).nth(token as usize).map(<[f32]>::to_vec);
+    }
+    let args = Args {
+        x: x.span,
+        norm_w: norm_w.span,
+        pos_embed,
+        w: w.span,
+        bias: bias.span,
+        norm_out,
+        c,
+        rows: s.rows,
+        hidden: s.hidden,
+        eps: 1e-6,
+    };
+    rig.run(&node(launch, "test.out_proj", &args)?)?;
+    let inputs = OutProj {
+        x: &x.values,
+        norm_weight: &norm_w.values,
+        pos_embed: added.as_deref(),
+        weight: &w.values,
+        bias: &bias.values,
+        hidden_size: s.hidden,
+        eps: 1e-6,
+    };
+    let exact = out_proj::<Exact>(&inputs);
+    let plain = match dtype {
+        DType::F32 => out_proj::<PlainF32>(&inputs),
+        DType::Bf16 => out_proj::<PlainBf16>(&inputs),
+    };
+    let mut checks = vec![compare("c", dtype, &rig.read(c, dtype)?, &exact.1, &plain.1)];
+    if let Some(span) = norm_out {
+        checks.push(compare("norm_out", dtype, &rig.read(span, dtype)?, &exact.0, &plain.0));
+    }
+    Ok(checks)
+}
