@@ -118,7 +118,7 @@ macro_rules! kernels {
 
 /// Every op, in the order in which one image uses them.
 pub fn registry() -> &'static [&'static Op] {
-    &[
+    static OPS: &[&Op] = &[
         &embed::OP,
         &qkv::OP,
         &attention::OP,
@@ -134,7 +134,8 @@ pub fn registry() -> &'static [&'static Op] {
         &group_stats::OP,
         &vae_attention::OP,
         &to_rgb8::OP,
-    ]
+    ];
+    OPS
 }
 
 /// The op called `name`.
