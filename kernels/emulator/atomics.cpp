@@ -1,0 +1,84 @@
+// Atomics, acquire and release at device scope, and the polling loads that let other threads run.
+#include "runtime.hpp"
+
+namespace emu {
+namespace {
+
+void yield(const char* what, Site site) {
+  Fiber* f = current();
+  f->state = State::kPolling;
+  f->what = what, f->site = site;
+  runner->polling++;
+  runner->suspend(f);
+}
+
+template <class T>
+void require_aligned(const T* p, Site site) {
+  if (reinterpret_cast<uintptr_t>(p) % sizeof(T)) fail(site, "misaligned atomic access at %p", static_cast<const void*>(p));
+}
+
+}  // namespace
+
+uint32_t atomic_add(uint32_t* p, uint32_t v, bool acqrel, Site site) {
+  require_aligned(p, site);
+  touch(p, 4, Access::kAtomic, site);
+  if (acqrel) clock_release_global(current(), p);
+  const uint32_t before = __atomic_fetch_add(p, v, __ATOMIC_ACQ_REL);
+  if (acqrel) clock_acquire_global(current(), p);
+  runner->events += v != 0;
+  return before;
+}
+
+uint32_t atomic_max(uint32_t* p, uint32_t v, Site site) {
+  require_aligned(p, site);
+  touch(p, 4, Access::kAtomic, site);
+  uint32_t before = __atomic_load_n(p, __ATOMIC_RELAXED);
+  while (before < v && !__atomic_compare_exchange_n(p, &before, v, true, __ATOMIC_RELAXED, __ATOMIC_RELAXED)) {
+  }
+  runner->events += before < v;
+  return before;
+}
+
+void atomic_add(float* p, float v, Site site) {
+  require_aligned(p, site);
+  touch(p, 4, Access::kAtomic, site);
+  uint32_t* word = reinterpret_cast<uint32_t*>(p);
+  uint32_t before = __atomic_load_n(word, __ATOMIC_RELAXED), after;
+  do {
+    float sum;
+    memcpy(&sum, &before, 4);
+    sum += v;
+    memcpy(&after, &sum, 4);
+  } while (!__atomic_compare_exchange_n(word, &before, after, true, __ATOMIC_RELAXED, __ATOMIC_RELAXED));
+}
+
+uint32_t load_acquire(const uint32_t* p, Site site) {
+  require_aligned(p, site);
+  yield("ld_acquire", site);
+  touch(p, 4, Access::kAtomicRead, site);
+  const uint32_t v = __atomic_load_n(p, __ATOMIC_ACQUIRE);
+  clock_acquire_global(current(), p);
+  return v;
+}
+
+void store_release(uint32_t* p, uint32_t v, Site site) {
+  require_aligned(p, site);
+  touch(p, 4, Access::kAtomic, site);
+  clock_release_global(current(), p);
+  runner->events += __atomic_exchange_n(p, v, __ATOMIC_ACQ_REL) != v;
+}
+
+uint64_t poll_relaxed(const uint64_t* p, Site site) {
+  require_aligned(p, site);
+  yield("poll_relaxed", site);
+  touch(p, 8, Access::kAtomicRead, site);
+  return __atomic_load_n(p, __ATOMIC_RELAXED);
+}
+
+void store_relaxed(uint64_t* p, uint64_t v, Site site) {
+  require_aligned(p, site);
+  touch(p, 8, Access::kAtomic, site);
+  runner->events += __atomic_exchange_n(p, v, __ATOMIC_RELAXED) != v;
+}
+
+}  // namespace emu

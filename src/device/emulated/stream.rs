@@ -1,0 +1,209 @@
+//! Streams of the emulated device: everything enqueued has run when the call returns.
+
+use super::ffi::{self, Kernel, RawSpan};
+use super::{ReplayOrder, Shared, audit, build_kind, host_pointer, lock};
+use crate::device::{DevicePtr, Event, Executable, Node, NodeList, Span, Stream};
+use crate::error::{Error, Result};
+use std::any::Any;
+use std::collections::HashMap;
+use std::sync::Arc;
+
+pub(super) struct EmulatedStream {
+    shared: Arc<Shared>,
+    /// Symbols looked up so far.
+    kernels: HashMap<&'static str, Kernel>,
+    replays: u64,
+}
+
+/// The list itself, with its kernels looked up.
+struct Replayable {
+    list: Arc<NodeList>,
+    kernels: Vec<Kernel>,
+    /// For every dependent node, what the other nodes write.
+    foreign: Vec<Vec<RawSpan>>,
+}
+
+impl Executable for Replayable {
+    fn as_any(&self) -> &dyn Any {
+        self
+    }
+}
+
+/// Everything before it has run.
+struct Passed;
+
+impl Event for Passed {
+    fn is_done(&self) -> Result<bool> {
+        Ok(true)
+    }
+
+    fn wait(&self) -> Result<()> {
+        Ok(())
+    }
+}
+
+impl EmulatedStream {
+    pub(super) fn new(shared: Arc<Shared>) -> EmulatedStream {
+        EmulatedStream { shared, kernels: HashMap::new(), replays: 0 }
+    }
+
+    fn kernel(&mut self, node: &Node) -> Result<Kernel> {
+        let symbol = node.kernel.symbol;
+        if let Some(kernel) = self.kernels.get(symbol) {
+            return check_params(node, *kernel);
+        }
+        let kernel = ffi::find(symbol).ok_or_else(|| Error::Launch {
+            kernel: symbol.into(),
+            reason: format!(
+                "no kernel of this name was compiled in; kernels/{}.cu should hold it",
+                node.kernel.module
+            ),
+        })?;
+        self.kernels.insert(symbol, kernel);
+        check_params(node, kernel)
+    }
+
+    fn run(&self, node: &Node, kernel: Kernel, foreign: &[RawSpan]) -> Result<()> {
+        self.shared.check()?;
+        let counting = build_kind() == "count";
+        let (mut pieces, names) = if counting {
+            lock(&self.shared.names).pieces(&node.reads, &node.writes)
+        } else {
+            (Vec::new(), Vec::new())
+        };
+        let request = ffi::Launch {
+            kernel,
+            geometry: &node.geometry,
+            params: node.params.as_slice(),
+            options: &self.shared.options,
+            foreign,
+            pieces: &mut pieces,
+        };
+        // SAFETY: parameter structs are built by ops from live buffers; what a wrong one does is what it would do
+        // on a GPU, and the instrumented builds exist to find it.
+        let outcome = unsafe { ffi::launch(request) };
+        if counting {
+            let launch = audit::summarise(&node.label, node.kernel.symbol, &pieces, &names);
+            lock(&self.shared.audits).push(launch);
+        }
+        outcome.map_err(|report| {
+            let reason = format!("{} ({}): {report}", node.label, node.kernel.symbol);
+            lock(&self.shared.error).get_or_insert_with(|| reason.clone());
+            Error::Launch { kernel: node.kernel.symbol.into(), reason }
+        })
+    }
+
+    /// Where `bytes` bytes of device memory lie on the host; an error unless one allocation holds them all.
+    fn resolve(&self, ptr: DevicePtr, bytes: usize, what: &str) -> Result<*mut u8> {
+        self.shared.check()?;
+        if !lock(&self.shared.names).holds(Span { ptr, bytes }) {
+            return Err(Error::Device(format!(
+                "{what} of {bytes} bytes at {:#x}: not inside one allocation",
+                ptr.0
+            )));
+        }
+        Ok(host_pointer(ptr))
+    }
+}
+
+impl Stream for EmulatedStream {
+    fn upload(&mut self, dst: DevicePtr, bytes: &[u8]) -> Result<()> {
+        let target = self.resolve(dst, bytes.len(), "upload")?;
+        // SAFETY: `resolve` found the range inside a live allocation, which no host slice overlaps.
+        unsafe { target.copy_from_nonoverlapping(bytes.as_ptr(), bytes.len()) };
+        Ok(())
+    }
+
+    fn download(&mut self, src: DevicePtr, bytes: &mut [u8]) -> Result<()> {
+        let source = self.resolve(src, bytes.len(), "download")?;
+        // SAFETY: as in `upload`.
+        unsafe { source.copy_to_nonoverlapping(bytes.as_mut_ptr(), bytes.len()) };
+        Ok(())
+    }
+
+    fn fill(&mut self, span: Span, byte: u8) -> Result<()> {
+        let target = self.resolve(span.ptr, span.bytes, "fill")?;
+        // SAFETY: as in `upload`.
+        unsafe { target.write_bytes(byte, span.bytes) };
+        Ok(())
+    }
+
+    fn launch(&mut self, node: &Node) -> Result<()> {
+        let kernel = self.kernel(node)?;
+        self.run(node, kernel, &[])
+    }
+
+    fn instantiate(&mut self, list: Arc<NodeList>) -> Result<Box<dyn Executable>> {
+        self.shared.check()?;
+        let nodes = list.nodes();
+        let kernels = nodes.iter().map(|node| self.kernel(node)).collect::<Result<_>>()?;
+        let foreign = nodes
+            .iter()
+            .enumerate()
+            .map(
+                |(index, node)| {
+                    if node.geometry.dependent { foreign_writes(nodes, index) } else { Vec::new() }
+                },
+            )
+            .collect();
+        Ok(Box::new(Replayable { list, kernels, foreign }))
+    }
+
+    fn replay(&mut self, executable: &dyn Executable) -> Result<()> {
+        let Some(Replayable { list, kernels, foreign }) = executable.as_any().downcast_ref() else {
+            return Err(Error::Device("replay of an executable that another device made".into()));
+        };
+        let order = match self.shared.options.replay_order {
+            ReplayOrder::Recorded => (0..list.len()).collect(),
+            ReplayOrder::Legal(seed) => list.legal_order(seed.wrapping_add(self.replays)),
+        };
+        self.replays += 1;
+        for index in order {
+            self.run(&list.nodes()[index], kernels[index], &foreign[index])?;
+        }
+        Ok(())
+    }
+
+    fn record(&mut self) -> Result<Box<dyn Event>> {
+        self.shared.check()?;
+        Ok(Box::new(Passed))
+    }
+
+    fn synchronize(&mut self) -> Result<()> {
+        self.shared.check()
+    }
+}
+
+/// A struct of another size is another struct.
+fn check_params(node: &Node, kernel: Kernel) -> Result<Kernel> {
+    let found = node.params.as_slice().len();
+    if found == kernel.params_bytes {
+        return Ok(kernel);
+    }
+    Err(Error::Launch {
+        kernel: node.kernel.symbol.into(),
+        reason: format!(
+            "{}: parameter struct of {found} bytes, the kernel takes {}",
+            node.label, kernel.params_bytes
+        ),
+    })
+}
+
+/// What the nodes other than `index` write, sorted and merged.
+fn foreign_writes(nodes: &[Node], index: usize) -> Vec<RawSpan> {
+    let others = nodes.iter().enumerate().filter(|(other, _)| *other != index);
+    let mut spans: Vec<RawSpan> = others
+        .flat_map(|(_, node)| &node.writes)
+        .filter(|span| span.bytes > 0)
+        .map(|&span| span.into())
+        .collect();
+    spans.sort_by_key(|span| span.start);
+    let mut merged: Vec<RawSpan> = Vec::with_capacity(spans.len());
+    for span in spans {
+        match merged.last_mut() {
+            Some(last) if span.start <= last.end => last.end = last.end.max(span.end),
+            _ => merged.push(span),
+        }
+    }
+    merged
+}
