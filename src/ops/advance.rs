@@ -36,7 +36,7 @@ pub struct Args {
 pub fn node(launch: &Launch, label: &str, args: &Args) -> Result<Node> {
     let variant = launch.selection.variant(&OP, "plain")?;
     let checks = Checks::new(OP.name, variant.name);
-    let state = checks.span("state", args.state, size_of::<GenerationState>(), &[1])?;
+    let state = checks.span("state", args.state, 4, &[size_of::<GenerationState>() / 4])?;
     let row_pos = checks.span("row_pos", args.row_pos, 4, &[args.rows])?;
     let params = AdvanceParams {
         state: state.ptr.0,

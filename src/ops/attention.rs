@@ -108,11 +108,11 @@ pub fn node(launch: &Launch, label: &str, args: &Args) -> Result<Node> {
     let variant = launch.selection.variant(&OP, if a.split.is_some() { "splitkv" } else { "plain" })?;
     let checks = Checks::new(OP.name, variant.name);
     let e = launch.dtype.bytes();
-    if a.head_dim == 0 || a.head_dim % 16 != 0 || a.head_dim > MAX_HEAD_DIM {
+    if a.head_dim == 0 || !a.head_dim.is_multiple_of(16) || a.head_dim > MAX_HEAD_DIM {
         let reason = format!("head_dim is {}, must be a multiple of 16 up to {MAX_HEAD_DIM}", a.head_dim);
         return Err(checks.refuse(reason));
     }
-    if a.heads_kv == 0 || a.heads_q % a.heads_kv != 0 {
+    if a.heads_kv == 0 || !a.heads_q.is_multiple_of(a.heads_kv) {
         let reason = format!("{} query heads do not divide into {} kv heads", a.heads_q, a.heads_kv);
         return Err(checks.refuse(reason));
     }
@@ -125,7 +125,7 @@ pub fn node(launch: &Launch, label: &str, args: &Args) -> Result<Node> {
     let row_pos = checks.span("row_pos", a.row_pos, 4, &[a.rows])?;
     let out = checks.span("out", a.out, e, &[a.rows, a.heads_q, a.head_dim])?;
     for (name, span) in [("k_cache", k_cache), ("v_cache", v_cache)] {
-        if span.ptr.0 % 16 != 0 {
+        if !span.ptr.0.is_multiple_of(16) {
             return Err(Error::Internal(format!(
                 "op attention: {name} at {:#x} is not 16-byte aligned",
                 span.ptr.0
@@ -268,7 +268,7 @@ fn run(rig: &mut Rig, launch: &Launch, s: &Shape) -> Result<Vec<Check>> {
     let row_seq: Vec<u32> = (0..rows).map(|m| (m % s.sequences) as u32).collect();
     let row_pos: Vec<u32> = s.lengths.iter().map(|&l| l as u32 - 1).collect();
     // Slots that no row sees hold NaN: a kernel that touches one shows it.
-    let mut cache = |rig: &mut Rig, name: &str| {
+    let cache = |rig: &mut Rig, name: &str| {
         let mut values = rig.normal(s.sequences * s.heads_kv * capacity * s.head_dim, 1.0);
         for (i, slot) in values.chunks_exact_mut(s.head_dim).enumerate() {
             let (sequence, t) = (i / capacity / s.heads_kv, i % capacity);

@@ -116,25 +116,26 @@ macro_rules! kernels {
     };
 }
 
+static OPS: &[&Op] = &[
+    &embed::OP,
+    &qkv::OP,
+    &attention::OP,
+    &o_proj::OP,
+    &gate_up::OP,
+    &down::OP,
+    &gather_rows::OP,
+    &out_proj::OP,
+    &linear::OP,
+    &advance::OP,
+    &unpatchify::OP,
+    &conv2d::OP,
+    &group_stats::OP,
+    &vae_attention::OP,
+    &to_rgb8::OP,
+];
+
 /// Every op, in the order in which one image uses them.
 pub fn registry() -> &'static [&'static Op] {
-    static OPS: &[&Op] = &[
-        &embed::OP,
-        &qkv::OP,
-        &attention::OP,
-        &o_proj::OP,
-        &gate_up::OP,
-        &down::OP,
-        &gather_rows::OP,
-        &out_proj::OP,
-        &linear::OP,
-        &advance::OP,
-        &unpatchify::OP,
-        &conv2d::OP,
-        &group_stats::OP,
-        &vae_attention::OP,
-        &to_rgb8::OP,
-    ];
     OPS
 }
 
@@ -174,6 +175,15 @@ impl Selection {
     /// A selection of one variant, for tests.
     pub fn one(op: &'static Op, variant: &str) -> Result<Selection> {
         Ok(Selection { chosen: vec![(op.name, op.variant(variant)?.name)] })
+    }
+
+    /// The same with `variant` for `op` where nothing else was chosen. Stages fix their variants with it: were
+    /// they chosen by the number of rows, an image's bits would depend on how many are in the batch.
+    pub fn or(mut self, op: &'static Op, variant: &str) -> Result<Selection> {
+        if !self.chosen.iter().any(|(o, _)| *o == op.name) {
+            self.chosen.push((op.name, op.variant(variant)?.name));
+        }
+        Ok(self)
     }
 
     /// The variant of `op`: the chosen one, else `default`.

@@ -76,7 +76,7 @@ pub fn node(launch: &Launch, label: &str, args: &Args) -> Result<Node> {
     let (mut pos_embed, mut state, mut pos_rows) = (0, 0, 0);
     if let Some(p) = a.pos_embed {
         let table = checks.span("pos_embed", p.table, e, &[p.rows, a.hidden])?;
-        let counter = checks.span("state", p.state, size_of::<GenerationState>(), &[1])?;
+        let counter = checks.span("state", p.state, 4, &[size_of::<GenerationState>() / 4])?;
         reads.extend([table, counter]);
         (pos_embed, state, pos_rows) = (table.ptr.0, counter.ptr.0, checks.dim("pos_rows", p.rows)?);
     }

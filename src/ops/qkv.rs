@@ -84,7 +84,7 @@ pub fn node(launch: &Launch, label: &str, args: &Args) -> Result<Node> {
     let variant = launch.selection.variant(&OP, shared::product_variant(a.rows))?;
     let checks = Checks::new(OP.name, variant.name);
     let e = launch.dtype.bytes();
-    if a.head_dim == 0 || a.head_dim % 2 != 0 {
+    if a.head_dim == 0 || !a.head_dim.is_multiple_of(2) {
         return Err(
             checks.refuse(format!("head_dim is {}, must be even: it is rotated in halves", a.head_dim))
         );

@@ -68,7 +68,7 @@ impl Checks {
                 self.op, span.ptr.0, span.bytes
             )));
         }
-        if span.ptr.0 % element_bytes as u64 != 0 {
+        if !span.ptr.0.is_multiple_of(element_bytes as u64) {
             return Err(Error::Internal(format!(
                 "op {}: {name} at {:#x} is not aligned to its elements of {element_bytes} bytes",
                 self.op, span.ptr.0

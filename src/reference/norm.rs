@@ -1,6 +1,7 @@
 //! RMSNorm as the official code rounds it: the normalised value is stored, then multiplied by the weight.
 
 use super::Precision;
+use num_traits::Float;
 
 /// `store(x / sqrt(mean(x^2) + eps)) * weight`, stored. `x` and `weight` are one row, `[hidden_size]`.
 pub fn rms_norm<P: Precision>(x: &[f32], weight: &[f32], eps: f32) -> Vec<P::T> {

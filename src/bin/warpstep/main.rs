@@ -1,1 +1,63 @@
-fn main() {}
+//! The `warpstep` command: one file per verb. Human text goes to stderr, machine output to stdout.
+//! Exit codes: 0 done, 1 failure, 2 usage, 130 cancelled.
+
+mod args;
+mod doctor;
+mod generate;
+mod inspect;
+mod kernels;
+mod verify;
+
+use clap::{Parser, Subcommand};
+use std::process::ExitCode;
+use warpstep::Error;
+
+/// NextStep-1 on one Hopper GPU, or on this CPU through the emulated device.
+///
+/// Without --model the small demo model inside the binary is used, so that every command works on any machine:
+///
+///   warpstep generate "a red circle on a blue background" -o circle.png
+#[derive(Parser)]
+#[command(name = "warpstep", version, propagate_version = true, max_term_width = 110)]
+struct Cli {
+    #[command(subcommand)]
+    verb: Verb,
+}
+
+#[derive(Subcommand)]
+enum Verb {
+    /// Make pictures from a caption.
+    Generate(generate::Generate),
+    /// Compare the engine with tensors recorded from the official code.
+    Verify(verify::Verify),
+    /// List the kernels, or test them against their references.
+    #[command(subcommand)]
+    Kernels(kernels::Kernels),
+    /// Describe a checkpoint folder, or print the parameters stored in a PNG.
+    Inspect(inspect::Inspect),
+    /// Report what this machine and this build can do.
+    Doctor(doctor::Doctor),
+}
+
+fn main() -> ExitCode {
+    // clap prints usage errors itself and exits with 2.
+    let cli = Cli::parse();
+    let result = match cli.verb {
+        Verb::Generate(verb) => verb.run(),
+        Verb::Verify(verb) => verb.run(),
+        Verb::Kernels(verb) => verb.run(),
+        Verb::Inspect(verb) => verb.run(),
+        Verb::Doctor(verb) => verb.run(),
+    };
+    match result {
+        Ok(code) => code,
+        Err(error) => {
+            eprintln!("error: {error:#}");
+            match error.downcast_ref::<Error>() {
+                Some(Error::Cancelled { .. }) => ExitCode::from(130),
+                Some(Error::InvalidRequest { .. }) => ExitCode::from(2),
+                _ => ExitCode::FAILURE,
+            }
+        }
+    }
+}

@@ -1,0 +1,57 @@
+//! `warpstep doctor`: what this machine and this build can do, for bug reports.
+
+use anyhow::Result;
+use clap::Args;
+use std::process::ExitCode;
+use warpstep::device::emulated::{EmulatedDevice, EmulatedOptions, build_kind};
+use warpstep::device::{Device, cubins};
+use warpstep::ops;
+
+/// Report what this machine and this build can do.
+#[derive(Args)]
+pub struct Doctor {
+    /// Print JSON.
+    #[arg(long)]
+    json: bool,
+}
+
+impl Doctor {
+    /// Runs the verb.
+    pub fn run(self) -> Result<ExitCode> {
+        let emulated = EmulatedDevice::new(EmulatedOptions::default()).info();
+        let driver = std::path::Path::new("/proc/driver/nvidia/version").exists();
+        let variants: usize = ops::registry().iter().flat_map(|op| op.variants).map(|v| v.kernels.len()).sum();
+        let cpu = std::thread::available_parallelism().map_or(0, |n| n.get());
+        if self.json {
+            println!(
+                "{}",
+                serde_json::json!({
+                    "version": env!("CARGO_PKG_VERSION"),
+                    "cubins": cubins::CUBINS.len(),
+                    "nvcc": cubins::NVCC_VERSION,
+                    "kernels": variants,
+                    "emulator": build_kind().to_string(),
+                    "emulated_sm_count": emulated.sm_count,
+                    "nvidia_driver": driver,
+                    "cpu_threads": cpu,
+                    "demo_model": cfg!(feature = "demo-model"),
+                })
+            );
+            return Ok(ExitCode::SUCCESS);
+        }
+        println!("warpstep {} ({} ops, {variants} kernels)", env!("CARGO_PKG_VERSION"), ops::registry().len());
+        match cubins::CUBINS.len() {
+            0 => println!("cubins: none; no nvcc was found at build time (tools/setup.sh installs one)"),
+            n => println!("cubins: {n} for sm_90a, by {}", cubins::NVCC_VERSION),
+        }
+        println!(
+            "emulated device: {} build, {} SMs by default, {cpu} CPU threads here",
+            build_kind(),
+            emulated.sm_count
+        );
+        println!("NVIDIA driver: {}", if driver { "loaded" } else { "not loaded" });
+        println!("CUDA device: not driven by this version; every command uses the emulated device");
+        println!("demo model: {}", if cfg!(feature = "demo-model") { "embedded" } else { "not embedded" });
+        Ok(ExitCode::SUCCESS)
+    }
+}

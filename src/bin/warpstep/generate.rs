@@ -1,0 +1,284 @@
+//! `warpstep generate`: a caption in, PNGs out.
+
+use crate::args::{DeviceArgs, Precision, parse_size};
+use anyhow::{Context, Result, bail};
+use clap::Args;
+use indicatif::{ProgressBar, ProgressDrawTarget, ProgressStyle};
+use std::path::{Path, PathBuf};
+use std::process::ExitCode;
+use std::sync::Arc;
+use warpstep::device::emulated::build_kind;
+use warpstep::engine::{Engine, EngineOptions, ModelSource};
+use warpstep::event::{CancelToken, Control, Event};
+use warpstep::image::{Metadata, write_png};
+use warpstep::request::{GenerateRequest, Preset};
+use warpstep::sampler::{GuidanceSchedule, Sampler};
+
+/// Make pictures from a caption.
+///
+/// Settings that are not given come from the model's own defaults (or --preset); what was used is printed and
+/// stored in the PNG, where `warpstep inspect` finds it.
+///
+///   warpstep generate "a small blue star on a yellow background" --seed 7 -n 4 -o stars.png
+///   warpstep generate "a red panda" --model NextStep-1.1 --size 512x512 --steps 28 --cfg 7.5
+#[derive(Args)]
+pub struct Generate {
+    /// The caption.
+    prompt: String,
+
+    /// Checkpoint folder in the official layout [default: the demo model inside this program].
+    #[arg(long, value_name = "DIR")]
+    model: Option<PathBuf>,
+
+    /// VAE folder [default: what config.json names, else vae/ in the model folder].
+    #[arg(long, value_name = "DIR")]
+    vae: Option<PathBuf>,
+
+    /// Picture size in pixels, width first; both must divide by the model's token size (16).
+    #[arg(long, value_name = "WxH", value_parser = parse_size)]
+    size: Option<(u32, u32)>,
+
+    /// What the picture should not show.
+    #[arg(long, alias = "negative-prompt", value_name = "TEXT")]
+    negative: Option<String>,
+
+    /// Words added to the caption, e.g. "masterpiece, film grained, best quality."
+    #[arg(long, alias = "positive-prompt", value_name = "TEXT")]
+    positive: Option<String>,
+
+    /// Guidance scale: 1 is none.
+    #[arg(long, alias = "guidance-scale", value_name = "F")]
+    cfg: Option<f64>,
+
+    /// How guidance changes over the picture: constant, linear (falling), linear-rising.
+    #[arg(long, value_name = "NAME", value_parser = named(GuidanceSchedule::from_name, "constant, linear, linear-rising"))]
+    cfg_schedule: Option<GuidanceSchedule>,
+
+    /// Network evaluations per image token.
+    #[arg(long, alias = "num-sampling-steps", alias = "num-inference-steps", value_name = "N")]
+    steps: Option<u32>,
+
+    /// Sampler: aug (August 2025), hf11 (inside the 1.1 checkpoint), sde, cps, ode (February 2026).
+    #[arg(long, value_name = "NAME", value_parser = named(Sampler::from_name, "aug, hf11, sde, cps, ode"))]
+    sampler: Option<Sampler>,
+
+    /// Time shift: above 1 spends more steps near the noise.
+    #[arg(long, alias = "timesteps-shift", value_name = "F")]
+    shift: Option<f64>,
+
+    /// Noise of the sde and cps samplers, 0 to 1.
+    #[arg(long, value_name = "F")]
+    noise_level: Option<f64>,
+
+    /// Normalise every token before it is fed back: true or false.
+    #[arg(long, value_name = "BOOL", num_args = 0..=1, default_missing_value = "true")]
+    use_norm: Option<bool>,
+
+    /// Seed of the noise; the same stream as the official code on a GPU [default: a random one, printed].
+    #[arg(long, value_name = "U64")]
+    seed: Option<u64>,
+
+    /// Images to make in one batch; each is what it would be alone.
+    #[arg(short, value_name = "N", alias = "num-images-per-caption")]
+    n: Option<u32>,
+
+    /// Number of the first image: `--first-image 2` makes the third image of a batch by itself.
+    #[arg(long, value_name = "I")]
+    first_image: Option<u32>,
+
+    /// Settings of the official examples instead of the model's defaults.
+    #[arg(long, value_parser = named(Preset::from_name, "t2i, edit"))]
+    preset: Option<Preset>,
+
+    /// Element type of weights and activations.
+    #[arg(long, value_enum, default_value = "bf16")]
+    precision: Precision,
+
+    /// Read copies of the weight files instead of mapping them.
+    #[arg(long)]
+    no_mmap: bool,
+
+    /// Store no parameters in the PNG.
+    #[arg(long)]
+    no_metadata: bool,
+
+    /// Print a JSON description of the result on stdout.
+    #[arg(long)]
+    json: bool,
+
+    /// PNG to write; with -n above 1 a number is added: out-0.png, out-1.png.
+    #[arg(short, long, value_name = "FILE", default_value = "warpstep.png")]
+    output: PathBuf,
+
+    #[command(flatten)]
+    device: DeviceArgs,
+}
+
+/// A parser for values chosen by name.
+fn named<T: Clone + Send + Sync + 'static>(
+    find: fn(&str) -> Option<T>,
+    known: &'static str,
+) -> impl Fn(&str) -> Result<T, String> + Clone + Send + Sync + 'static {
+    move |name| find(name).ok_or_else(|| format!("known: {known}"))
+}
+
+impl Generate {
+    /// Runs the verb.
+    pub fn run(self) -> Result<ExitCode> {
+        check_output(&self.output)?;
+        let source = match &self.model {
+            Some(dir) => ModelSource::Dir(dir.clone()),
+            None => ModelSource::Demo,
+        };
+        let options = EngineOptions {
+            dtype: self.precision.into(),
+            mmap: !self.no_mmap,
+            vae: self.vae.clone(),
+            kernels: self.device.selection()?,
+            ..EngineOptions::default()
+        };
+        let engine = Arc::new(Engine::load(&source, self.device.open()?, options)?);
+        let request = self.request(&engine);
+        let plan = engine.plan(&request)?;
+        eprintln!("{}: {}", engine.name(), request.describe());
+        eprintln!(
+            "{} image tokens x {}, {} branches, {:.1} MB of weights, {:.1} MB for this request",
+            plan.image_tokens,
+            plan.images,
+            plan.branches,
+            plan.weight_bytes as f64 / 1e6,
+            plan.request_bytes() as f64 / 1e6
+        );
+        let progress = progress_bar(plan.image_tokens as u64);
+        let cancel = CancelToken::new();
+        let result = engine.session().generate(&request, &cancel, &mut |event| {
+            if let Event::Token { done, .. } = event {
+                progress.set_position(*done as u64);
+            }
+            Control::Continue
+        });
+        progress.finish_and_clear();
+        let result = result?;
+        let mut files = Vec::new();
+        for (index, image) in result.images.iter().enumerate() {
+            let path = numbered(&self.output, index, result.images.len());
+            let metadata = match self.no_metadata {
+                true => None,
+                false => Some(self.metadata(&engine, &request, index as u32)),
+            };
+            write_png(&path, image, metadata.as_ref())?;
+            eprintln!("wrote {}", path.display());
+            files.push(path);
+        }
+        let t = result.timings;
+        eprintln!(
+            "prefill {:.0} ms, {} tokens in {:.0} ms ({:.1} tokens/s), VAE {:.0} ms, total {:.2} s",
+            t.prefill_ms,
+            plan.image_tokens,
+            t.decode_ms,
+            plan.image_tokens as f64 / (t.decode_ms / 1e3).max(1e-9),
+            t.vae_decode_ms,
+            t.total_ms / 1e3
+        );
+        if self.json {
+            let value = serde_json::json!({
+                "files": files, "request": request, "plan": result.plan, "timings": t,
+                "device": engine.device_info().name,
+            });
+            println!("{value}");
+        }
+        Ok(ExitCode::SUCCESS)
+    }
+
+    /// The model's defaults, overridden by what was given.
+    fn request(&self, engine: &Engine) -> GenerateRequest {
+        let defaults = match self.preset {
+            Some(preset) => preset.defaults(),
+            None => engine.defaults().clone(),
+        };
+        let mut request = defaults.request(&self.prompt);
+        if let Some((width, height)) = self.size {
+            (request.width, request.height) = (width, height);
+        }
+        if self.negative.is_some() {
+            request.negative_prompt = self.negative.clone();
+        }
+        if self.positive.is_some() {
+            request.positive_prompt = self.positive.clone();
+        }
+        let sampler = &mut request.sampler;
+        set(&mut sampler.guidance_scale, self.cfg);
+        set(&mut sampler.guidance_schedule, self.cfg_schedule);
+        set(&mut sampler.steps, self.steps);
+        set(&mut sampler.sampler, self.sampler);
+        set(&mut sampler.timesteps_shift, self.shift);
+        set(&mut sampler.noise_level, self.noise_level);
+        set(&mut sampler.use_norm, self.use_norm);
+        set(&mut request.n, self.n);
+        set(&mut request.first_image, self.first_image);
+        request.seed = self.seed.unwrap_or_else(random_seed);
+        request
+    }
+
+    /// What the PNG remembers: enough to make this image again by itself.
+    fn metadata(&self, engine: &Engine, request: &GenerateRequest, index: u32) -> Metadata {
+        let mut alone = request.clone();
+        alone.first_image = request.first_image + index;
+        alone.n = 1;
+        let json = serde_json::json!({
+            "version": env!("CARGO_PKG_VERSION"),
+            "model": engine.name(),
+            "device": engine.device_info().name,
+            "emulator": build_kind().to_string(),
+            "precision": format!("{:?}", self.precision).to_lowercase(),
+            "kernels": self.device.kernels,
+            "request": alone,
+        });
+        Metadata { parameters: alone.webui_parameters(engine.name()), json: json.to_string() }
+    }
+}
+
+fn set<T>(to: &mut T, given: Option<T>) {
+    if let Some(value) = given {
+        *to = value;
+    }
+}
+
+/// Says before the work, not after it, that the picture could not be written.
+fn check_output(path: &Path) -> Result<()> {
+    if path.is_dir() {
+        bail!("{} is a folder; -o takes the name of a PNG file", path.display());
+    }
+    let parent = path.parent().filter(|p| !p.as_os_str().is_empty()).unwrap_or(Path::new("."));
+    let info = std::fs::metadata(parent).with_context(|| format!("folder {}", parent.display()))?;
+    if !info.is_dir() {
+        bail!("{} is not a folder", parent.display());
+    }
+    Ok(())
+}
+
+/// `out.png` for one image, `out-3.png` for the fourth of several.
+fn numbered(path: &Path, index: usize, count: usize) -> PathBuf {
+    if count <= 1 {
+        return path.to_path_buf();
+    }
+    let stem = path.file_stem().unwrap_or_default().to_string_lossy();
+    let extension = path.extension().map_or_else(|| "png".into(), |e| e.to_string_lossy());
+    path.with_file_name(format!("{stem}-{index}.{extension}"))
+}
+
+fn progress_bar(tokens: u64) -> ProgressBar {
+    // indicatif draws nothing when stderr is not a terminal.
+    let bar = ProgressBar::with_draw_target(Some(tokens), ProgressDrawTarget::stderr());
+    let style = ProgressStyle::with_template("{bar:40} {pos}/{len} tokens, {per_sec}, {eta} left");
+    if let Ok(style) = style {
+        bar.set_style(style);
+    }
+    bar
+}
+
+/// A seed nobody chose, from the clock and the process: it is printed, so that the picture can be made again.
+fn random_seed() -> u64 {
+    use std::hash::{BuildHasher, Hasher};
+    std::collections::hash_map::RandomState::new().build_hasher().finish() >> 32
+}

@@ -1,0 +1,186 @@
+//! `warpstep kernels`: what there is, and whether it is right.
+
+use crate::args::{DeviceArgs, Precision};
+use anyhow::{Result, bail};
+use clap::{Args, Subcommand};
+use std::process::ExitCode;
+use std::time::Instant;
+use warpstep::device::cubins;
+use warpstep::ops::harness::{Rig, Scale};
+use warpstep::ops::{self, DType};
+
+/// Verbs on kernels.
+#[derive(Subcommand)]
+pub enum Kernels {
+    /// Print every op and variant: element types, what it does, what bounds it, registers if compiled.
+    List(List),
+    /// Run every case of every variant against the f64 reference, one line each.
+    Test(Test),
+}
+
+/// Options of `kernels list`.
+#[derive(Args)]
+pub struct List {
+    /// Print JSON lines instead of a table.
+    #[arg(long)]
+    json: bool,
+}
+
+/// Options of `kernels test`.
+#[derive(Args)]
+pub struct Test {
+    /// Only this op.
+    #[arg(long)]
+    op: Option<String>,
+
+    /// Only this variant.
+    #[arg(long)]
+    variant: Option<String>,
+
+    /// Only this element type.
+    #[arg(long)]
+    precision: Option<Precision>,
+
+    /// Only cases whose label contains this, e.g. rows=3.
+    #[arg(long, value_name = "TEXT")]
+    case: Option<String>,
+
+    /// Largest cases to run: small ones take milliseconds, real ones are the 14B shapes on 132 SMs.
+    #[arg(long, default_value = "medium", value_parser = ["small", "medium", "real"])]
+    scale: String,
+
+    /// Run only cases of exactly that scale.
+    #[arg(long)]
+    only_scale: bool,
+
+    /// Seed of the random inputs.
+    #[arg(long, default_value_t = 1)]
+    seed: u64,
+
+    /// Print only failures and the closing line.
+    #[arg(short, long)]
+    quiet: bool,
+
+    #[command(flatten)]
+    device: DeviceArgs,
+}
+
+impl Kernels {
+    /// Runs the verb.
+    pub fn run(self) -> Result<ExitCode> {
+        match self {
+            Kernels::List(list) => list.run(),
+            Kernels::Test(test) => test.run(),
+        }
+    }
+}
+
+impl List {
+    fn run(self) -> Result<ExitCode> {
+        for op in ops::registry() {
+            if !self.json {
+                println!("{}: {}\n    bound: {}", op.name, op.summary, op.bound);
+            }
+            for variant in op.variants {
+                for (dtype, kernel) in variant.kernels {
+                    let usage = cubins::usage(kernel.symbol);
+                    if self.json {
+                        println!(
+                            "{}",
+                            serde_json::json!({
+                                "op": op.name, "variant": variant.name, "dtype": dtype.name(),
+                                "symbol": kernel.symbol, "summary": variant.summary, "bound": op.bound,
+                                "registers": usage.map(|u| u.registers),
+                                "spill_bytes": usage.map(|u| u.spill_store_bytes + u.spill_load_bytes),
+                            })
+                        );
+                    } else {
+                        let compiled = usage.map_or("not compiled for sm_90a".to_string(), |u| {
+                            format!("{} registers, {} B static shared", u.registers, u.shared_bytes)
+                        });
+                        println!("    {:8} {:5} {} ({compiled})", variant.name, dtype.name(), variant.summary);
+                    }
+                }
+            }
+        }
+        Ok(ExitCode::SUCCESS)
+    }
+}
+
+impl Test {
+    fn run(self) -> Result<ExitCode> {
+        let scale = match self.scale.as_str() {
+            "small" => Scale::Small,
+            "real" => Scale::Real,
+            _ => Scale::Medium,
+        };
+        if let Some(name) = &self.op {
+            let op = ops::find(name)?;
+            if let Some(variant) = &self.variant {
+                op.variant(variant)?;
+            }
+        }
+        let dtype = self.precision.map(DType::from);
+        let device = self.device.open()?;
+        let real = if scale == Scale::Real {
+            let mut args = self.device.clone();
+            args.sm_count = Some(args.sm_count.unwrap_or(132));
+            args.open()?
+        } else {
+            device.clone()
+        };
+        let (mut passed, mut failed) = (0, 0);
+        for op in ops::registry().iter().filter(|op| self.op.as_ref().is_none_or(|n| n == op.name)) {
+            for case in (op.cases)() {
+                let wanted = self.variant.as_ref().is_none_or(|v| v == case.variant)
+                    && dtype.is_none_or(|d| d == case.dtype)
+                    && self.case.as_ref().is_none_or(|text| case.label.contains(text.as_str()))
+                    && (if self.only_scale { case.scale == scale } else { case.scale <= scale });
+                if !wanted {
+                    continue;
+                }
+                let device = if case.scale == Scale::Real { &real } else { &device };
+                let start = Instant::now();
+                let mut rig = Rig::new(device.clone(), self.seed)?;
+                let result = (case.run)(&mut rig).and_then(|checks| rig.check_guards().map(|()| checks));
+                let name = format!("{} {} {} {}", op.name, case.variant, case.dtype.name(), case.label);
+                let ms = start.elapsed().as_secs_f64() * 1e3;
+                match result {
+                    Ok(checks) if !checks.is_empty() && checks.iter().all(|c| c.ok) => {
+                        passed += 1;
+                        if !self.quiet {
+                            for c in &checks {
+                                println!(
+                                    "{name}: {}: max {:.2e}, mean {:.2e}, allowed {:.2e}: ok ({ms:.0} ms)",
+                                    c.output, c.max_error, c.mean_error, c.allowed
+                                );
+                            }
+                        }
+                    }
+                    Ok(checks) => {
+                        failed += 1;
+                        if checks.is_empty() {
+                            println!("{name}: FAIL: the case compared nothing");
+                        }
+                        for c in checks.iter().filter(|c| !c.ok) {
+                            println!(
+                                "{name}: {}: max {:.3e}, allowed {:.3e}, at {}: got {:.6}, expected {:.6}: FAIL",
+                                c.output, c.max_error, c.allowed, c.worst.0, c.worst.1, c.worst.2
+                            );
+                        }
+                    }
+                    Err(error) => {
+                        failed += 1;
+                        println!("{name}: FAIL: {error}");
+                        // A failed launch is sticky, as on a GPU: nothing after it would tell anything.
+                        if device.stream().and_then(|mut s| s.synchronize()).is_err() {
+                            bail!("the device is in error after {name}; run the case alone");
+                        }
+                    }
+                }
+            }
+        }
+        println!("{passed} passed, {failed} failed");
+        Ok(if failed == 0 && passed > 0 { ExitCode::SUCCESS } else { ExitCode::FAILURE })
+    }
+}

@@ -1,0 +1,111 @@
+//! `warpstep verify`: recorded cases of the official code against the engine.
+
+use crate::args::{DeviceArgs, Precision};
+use anyhow::{Context, Result};
+use clap::Args;
+use std::path::PathBuf;
+use std::process::ExitCode;
+use warpstep::ops::DType;
+use warpstep::verify::{Models, Outcome, VerifyOptions, run_case};
+
+/// Feed every stage its recorded input and draws, compare every recorded output.
+///
+/// Prints one line per tensor: case, tensor, shape, variants, largest and mean error, allowed error, ok or
+/// FAIL; then "N passed, N failed, N skipped", counting cases.
+#[derive(Args)]
+pub struct Verify {
+    /// Case files, in the format of the fixtures' README.
+    #[arg(required = true, value_name = "CASE")]
+    cases: Vec<PathBuf>,
+
+    /// Folder that holds the model folders which cases name [default: the parent of the case's folder].
+    #[arg(long, value_name = "DIR")]
+    model_root: Option<PathBuf>,
+
+    /// Precision to run in; auto is the case's own.
+    #[arg(long, default_value = "auto", value_parser = ["auto", "f32", "bf16"])]
+    precision: String,
+
+    /// Count a skipped case as a failure.
+    #[arg(long)]
+    strict: bool,
+
+    /// Print JSON lines instead of a table.
+    #[arg(long)]
+    json: bool,
+
+    #[command(flatten)]
+    device: DeviceArgs,
+}
+
+impl Verify {
+    /// Runs the verb.
+    pub fn run(self) -> Result<ExitCode> {
+        let options = VerifyOptions {
+            model_root: self.model_root,
+            precision: match self.precision.as_str() {
+                "f32" => Some(DType::from(Precision::F32)),
+                "bf16" => Some(DType::from(Precision::Bf16)),
+                _ => None,
+            },
+            selection: self.device.selection()?,
+        };
+        let device = self.device.open()?;
+        let mut models = Models::default();
+        let (mut passed, mut failed, mut skipped) = (0, 0, 0);
+        for path in &self.cases {
+            let name = path.file_stem().unwrap_or_default().to_string_lossy().into_owned();
+            let outcome = run_case(path, &device, &options, &mut models)
+                .with_context(|| format!("case {}", path.display()));
+            match outcome {
+                Ok(None) => {}
+                Ok(Some(Outcome::Skipped(reason))) => {
+                    skipped += 1;
+                    if self.json {
+                        println!("{}", serde_json::json!({ "case": name, "skipped": reason }));
+                    } else {
+                        println!("{name}: skipped: {reason}");
+                    }
+                }
+                Ok(Some(Outcome::Ran(lines))) => {
+                    let ok = !lines.is_empty() && lines.iter().all(|l| l.ok);
+                    *(if ok { &mut passed } else { &mut failed }) += 1;
+                    for line in &lines {
+                        if self.json {
+                            println!("{}", serde_json::to_string(line)?);
+                            continue;
+                        }
+                        let mean =
+                            line.allowed_mean.map(|m| format!(" (mean {m:.1e})")).unwrap_or_default();
+                        println!(
+                            "{} {} {:?} {}: max {:.2e}, mean {:.2e}, allowed {:.1e}{mean}: {}",
+                            line.case,
+                            line.tensor,
+                            line.shape,
+                            line.variants,
+                            line.max_error,
+                            line.mean_error,
+                            line.allowed_max,
+                            if line.ok { "ok" } else { "FAIL" }
+                        );
+                    }
+                }
+                Err(error) => {
+                    failed += 1;
+                    if self.json {
+                        println!("{}", serde_json::json!({ "case": name, "error": format!("{error:#}") }));
+                    } else {
+                        println!("{name}: FAIL: {error:#}");
+                    }
+                }
+            }
+        }
+        if self.json {
+            println!("{}", serde_json::json!({ "passed": passed, "failed": failed, "skipped": skipped }));
+        } else {
+            println!("{passed} passed, {failed} failed, {skipped} skipped");
+        }
+        let good = failed == 0 && !(self.strict && skipped > 0);
+        Ok(if good { ExitCode::SUCCESS } else { ExitCode::FAILURE })
+    }
+}

@@ -1,0 +1,54 @@
+//! The demo model inside the library: a small trained NextStep, loaded by the same code as any checkpoint.
+
+use crate::device::Device;
+use crate::engine::{Engine, EngineOptions};
+use crate::error::Result;
+use std::sync::Arc;
+
+#[cfg(feature = "demo-model")]
+mod files {
+    macro_rules! file {
+        ($name:literal) => {
+            include_bytes!(concat!(env!("CARGO_MANIFEST_DIR"), "/tools/demo/model/", $name))
+        };
+    }
+    pub const CONFIG: &[u8] = file!("config.json");
+    pub const WEIGHTS: &[u8] = file!("model.safetensors");
+    pub const TOKENIZER: &[u8] = file!("tokenizer.json");
+    pub const TOKENIZER_CONFIG: &[u8] = file!("tokenizer_config.json");
+    pub const VAE_CONFIG: &[u8] = file!("vae/config.json");
+    pub const VAE_WEIGHTS: &[u8] = file!("vae/model.safetensors");
+}
+
+/// Name of the embedded model.
+pub const NAME: &str = "demo";
+
+/// Loads the embedded model.
+#[cfg(feature = "demo-model")]
+pub fn load(device: Arc<dyn Device>, options: EngineOptions) -> Result<Engine> {
+    use crate::model::config::{ModelConfig, VaeConfig};
+    use crate::tokenizer::{Tokenizer, TokenizerFiles};
+    use crate::weights::Checkpoint;
+    use std::path::Path;
+    let origin = Path::new("<embedded demo model>");
+    let config = ModelConfig::parse(files::CONFIG, &origin.join("config.json"))?;
+    let vae_config = VaeConfig::parse(files::VAE_CONFIG, &origin.join("vae/config.json"))?;
+    let checkpoint = Checkpoint::from_bytes("<embedded demo model>/model.safetensors", files::WEIGHTS.into())?;
+    let vae = Checkpoint::from_bytes("<embedded demo model>/vae/model.safetensors", files::VAE_WEIGHTS.into())?;
+    let tokenizer_files = TokenizerFiles {
+        tokenizer: files::TOKENIZER,
+        tokenizer_config: Some(files::TOKENIZER_CONFIG),
+        special_tokens_map: None,
+    };
+    let tokenizer = Tokenizer::from_bytes(tokenizer_files, origin, crate::engine::token_ids(&config))?;
+    Engine::assemble(NAME.into(), (config, &checkpoint), (vae_config, &vae), tokenizer, device, options)
+}
+
+/// Says that this build carries no demo model.
+#[cfg(not(feature = "demo-model"))]
+pub fn load(_device: Arc<dyn Device>, _options: EngineOptions) -> Result<Engine> {
+    Err(crate::error::Error::request(
+        "model",
+        "this build has no embedded demo model (feature demo-model is off): give --model DIR",
+    ))
+}

@@ -1,0 +1,292 @@
+//! A loaded model on a device, shared by any number of sessions.
+
+use crate::device::{Device, DeviceInfo};
+use crate::error::{Error, Result};
+use crate::model::config::{ModelConfig, VaeConfig, check_vae_match, resolve_vae_dir};
+use crate::model::nextstep::NextStep;
+use crate::model::run::{self, Draws, RunSpec};
+use crate::model::backbone::rope_frequencies;
+use crate::model::flow_head::DrawSource;
+use crate::ops::{DType, Selection};
+use crate::prompt::{Grid, Prompt, build_rows};
+use crate::request::{Defaults, GenerateRequest, Limits};
+use crate::rng::DrawPlan;
+use crate::sampler::{Branches, Solver, guidance_table, sinusoids};
+use crate::session::Session;
+use crate::tokenizer::{ModelTokenIds, Tokenizer};
+use crate::weights::{Checkpoint, ModelWeights, OpenOptions, VaeWeights};
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+
+/// Where a model comes from.
+#[derive(Clone, Debug)]
+pub enum ModelSource {
+    /// A folder in the official layout: `config.json`, tokenizer files, safetensors, `vae/`.
+    Dir(PathBuf),
+    /// The demo model inside the library (feature `demo-model`).
+    Demo,
+}
+
+/// How a model is loaded and run.
+#[derive(Clone, Debug)]
+pub struct EngineOptions {
+    /// Element type of weights, activations and cache.
+    pub dtype: DType,
+    /// Map weight files instead of reading copies. A file that is truncated while mapped is fatal on Linux; turn
+    /// this off where files may change under the process.
+    pub mmap: bool,
+    /// The VAE's folder; default: what `config.json` names, else `vae/` in the model's folder.
+    pub vae: Option<PathBuf>,
+    /// Variants chosen by name.
+    pub kernels: Selection,
+    /// Device bytes that weights and one generation may take together; a plan above it is refused.
+    pub memory_budget_bytes: Option<u64>,
+    /// Fill buffers with NaN when their planned life ends: for tests of the memory plan.
+    pub poison_dead_buffers: bool,
+}
+
+impl Default for EngineOptions {
+    fn default() -> EngineOptions {
+        EngineOptions {
+            dtype: DType::Bf16,
+            mmap: true,
+            vae: None,
+            kernels: Selection::default(),
+            memory_budget_bytes: None,
+            poison_dead_buffers: false,
+        }
+    }
+}
+
+/// What a request will take, computed without touching the device.
+#[derive(Clone, Debug, PartialEq, serde::Serialize)]
+pub struct Plan {
+    /// Weights, already on the device.
+    pub weight_bytes: u64,
+    /// Key/value cache of this request.
+    pub cache_bytes: u64,
+    /// Activations, tables and pictures of this request.
+    pub activation_bytes: u64,
+    /// Images in the batch.
+    pub images: usize,
+    /// Guidance branches per image.
+    pub branches: usize,
+    /// Prompt tokens of each branch.
+    pub prompt_tokens: Vec<usize>,
+    /// Image tokens per image.
+    pub image_tokens: usize,
+    /// Network evaluations per image token.
+    pub evaluations: usize,
+}
+
+impl Plan {
+    /// Device bytes that the request allocates on top of the weights.
+    pub fn request_bytes(&self) -> u64 {
+        self.cache_bytes.saturating_add(self.activation_bytes)
+    }
+}
+
+/// A model on a device. Shared freely between threads; each [`Session`] is used by one thread at a time.
+pub struct Engine {
+    pub(crate) device: Arc<dyn Device>,
+    pub(crate) model: Arc<NextStep>,
+    pub(crate) options: EngineOptions,
+    tokenizer: Tokenizer,
+    name: String,
+    defaults: Defaults,
+}
+
+impl std::fmt::Debug for Engine {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        write!(f, "Engine({}, {})", self.name, self.options.dtype.name())
+    }
+}
+
+/// Most positions of a row. The models themselves have no limit (rotary embedding); this bounds the cache that one
+/// request can ask for.
+pub const MAX_POSITIONS: usize = 32_768;
+
+/// The ids in `config.json` that the tokenizer must agree with.
+pub(crate) fn token_ids(config: &ModelConfig) -> ModelTokenIds {
+    ModelTokenIds {
+        vocab_size: config.vocab_size,
+        boi: config.boi,
+        eoi: config.eoi,
+        image_placeholder_id: config.image_placeholder_id,
+    }
+}
+
+/// A request with all host arithmetic done.
+pub(crate) struct Prepared {
+    pub(crate) spec: RunSpec,
+    pub(crate) plan: Plan,
+}
+
+impl Engine {
+    /// Reads the checkpoint, checks it against its config and uploads the weights.
+    pub fn load(source: &ModelSource, device: Arc<dyn Device>, options: EngineOptions) -> Result<Engine> {
+        match source {
+            ModelSource::Dir(dir) => Engine::load_dir(dir, device, options),
+            ModelSource::Demo => crate::demo::load(device, options),
+        }
+    }
+
+    fn load_dir(dir: &Path, device: Arc<dyn Device>, options: EngineOptions) -> Result<Engine> {
+        let config = ModelConfig::load(dir)?;
+        let vae_dir = resolve_vae_dir(dir, &config, options.vae.as_deref())?;
+        let vae_config = VaeConfig::load(&vae_dir)?;
+        let open = OpenOptions { mmap: options.mmap };
+        let checkpoint = Checkpoint::open(dir, open)?;
+        let vae_checkpoint = Checkpoint::open(&vae_dir, open)?;
+        let tokenizer = Tokenizer::from_dir(dir, token_ids(&config))?;
+        let name = dir.file_name().map_or_else(|| dir.display().to_string(), |n| n.to_string_lossy().into_owned());
+        Engine::assemble(name, (config, &checkpoint), (vae_config, &vae_checkpoint), tokenizer, device, options)
+    }
+
+    /// Builds an engine from opened parts.
+    pub(crate) fn assemble(
+        name: String,
+        (config, checkpoint): (ModelConfig, &Checkpoint),
+        (vae_config, vae_checkpoint): (VaeConfig, &Checkpoint),
+        tokenizer: Tokenizer,
+        device: Arc<dyn Device>,
+        options: EngineOptions,
+    ) -> Result<Engine> {
+        check_vae_match(&config, &vae_config)?;
+        let weights = ModelWeights::new(&config, checkpoint)?;
+        let vae_weights = VaeWeights::new(&vae_config, vae_checkpoint)?;
+        let mut stream = device.stream()?;
+        let model = NextStep::load(
+            &device,
+            stream.as_mut(),
+            (&config, &weights),
+            (&vae_config, &vae_weights),
+            options.dtype,
+        )?;
+        let defaults = Defaults::for_config(&config);
+        Ok(Engine { device, model: Arc::new(model), options, tokenizer, name, defaults })
+    }
+
+    /// The model's name, as stored with pictures.
+    pub fn name(&self) -> &str {
+        &self.name
+    }
+
+    /// The device.
+    pub fn device_info(&self) -> DeviceInfo {
+        self.device.info()
+    }
+
+    /// The committed defaults of this model.
+    pub fn defaults(&self) -> &Defaults {
+        &self.defaults
+    }
+
+    /// What requests to this model are checked against.
+    pub fn limits(&self) -> Limits {
+        Limits::new(
+            self.model.down_factor(),
+            match self.model.config.use_gen_pos_embed {
+                true => Some(self.model.backbone.pos_rows()),
+                false => None,
+            },
+        )
+    }
+
+    /// Bytes, tokens and branches of a request; no device work.
+    pub fn plan(&self, request: &GenerateRequest) -> Result<Plan> {
+        Ok(self.prepare(request)?.plan)
+    }
+
+    /// A new session.
+    pub fn session(self: &Arc<Engine>) -> Session {
+        Session::new(self.clone())
+    }
+
+    /// Validates a request and does its host arithmetic.
+    pub(crate) fn prepare(&self, request: &GenerateRequest) -> Result<Prepared> {
+        request.validate(&self.limits())?;
+        let config = &self.model.config;
+        let sampler = &request.sampler;
+        let branches = Branches::from_scales(sampler.guidance_scale, sampler.image_guidance_scale)?;
+        let down = self.model.down_factor();
+        let target = Grid::from_pixels(request.width, request.height, down as u32)?;
+        let grid = (target.height as usize, target.width as usize);
+        let prompt = Prompt {
+            caption: &request.prompt,
+            positive_prompt: request.positive_prompt.as_deref(),
+            negative_prompt: request.negative_prompt.as_deref(),
+            images: &[],
+            target,
+            branches,
+        };
+        let generation = sampler.sampler.generation();
+        let rows = build_rows(&self.tokenizer, generation, &prompt, MAX_POSITIONS)?;
+        let images = request.n as usize;
+        let solver = Solver::new(sampler.sampler, sampler.steps, sampler.timesteps_shift, sampler.noise_level)?;
+        let times = match self.options.dtype {
+            DType::F32 => solver.times.clone(),
+            DType::Bf16 => solver.times_bf16(),
+        };
+        let draws = DrawPlan::new(
+            sampler.sampler,
+            sampler.steps,
+            request.seed,
+            (request.first_image, request.n),
+            config.token_dim() as u32,
+            self.options.dtype == DType::Bf16,
+            None,
+        )?;
+        let tokens = grid.0 * grid.1;
+        let prompts: Vec<Vec<u32>> =
+            rows.iter().flat_map(|row| std::iter::repeat_n(row.ids.clone(), images)).collect();
+        let spec = RunSpec {
+            rope_offset: vec![0; prompts.len()],
+            prompts,
+            images,
+            branches: branches.count(),
+            grid,
+            steps: solver.steps.iter().map(Into::into).collect(),
+            sinusoid: sinusoids(&times),
+            guidance: guidance_table(
+                sampler.guidance_schedule,
+                sampler.guidance_scale,
+                sampler.image_guidance_scale,
+                tokens,
+            ),
+            draws_per_token: draws.draws_per_token as usize,
+            draws: Draws::Philox(DrawSource {
+                seed: draws.seed,
+                base_offset: draws.base_offset,
+                first_image: draws.first_image,
+                round_bf16: draws.round_bf16,
+            }),
+            use_norm: sampler.use_norm,
+            rescale: sampler.rescale,
+            frequencies: rope_frequencies(config.rope_theta, config.head_dim),
+            pos_embed: config.use_gen_pos_embed,
+            taps: false,
+            poison: self.options.poison_dead_buffers,
+        };
+        let bytes = run::plan(&self.model, &self.device.info(), &spec)?;
+        let plan = Plan {
+            weight_bytes: self.model.weight_bytes(),
+            cache_bytes: bytes.cache,
+            activation_bytes: bytes.activations,
+            images,
+            branches: branches.count(),
+            prompt_tokens: rows.iter().map(|row| row.ids.len()).collect(),
+            image_tokens: tokens,
+            evaluations: spec.steps.len(),
+        };
+        let total = plan.weight_bytes.saturating_add(plan.request_bytes());
+        if let Some(budget) = self.options.memory_budget_bytes.filter(|&budget| total > budget) {
+            return Err(Error::OutOfMemory {
+                what: "weights and request, against the memory budget".into(),
+                requested_bytes: total,
+                free_bytes: budget.saturating_sub(plan.weight_bytes),
+            });
+        }
+        Ok(Prepared { spec, plan })
+    }
+}

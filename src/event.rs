@@ -1,0 +1,96 @@
+//! What a running generation tells its caller, and how the caller stops it.
+
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::time::Duration;
+
+/// Sent to the callback of [`crate::session::Session::generate`], on the calling thread.
+#[derive(Clone, Debug)]
+#[non_exhaustive]
+pub enum Event {
+    /// Memory is allocated and the prompt is tokenized.
+    Started {
+        /// Prompt tokens of the longest guidance branch.
+        prompt_tokens: usize,
+        /// Image tokens per image that will be made.
+        image_tokens: usize,
+        /// Images in the batch.
+        images: usize,
+    },
+    /// An image token of every image in the batch has been finished by the device.
+    Token {
+        /// Tokens finished so far, per image.
+        done: usize,
+        /// Tokens in all, per image.
+        of: usize,
+    },
+    /// A row of tokens is finished and was found finite.
+    Rows {
+        /// Rows of tokens finished so far.
+        done: usize,
+        /// Rows in all.
+        of: usize,
+    },
+    /// An image is decoded.
+    Image {
+        /// Index in the request's numbering (`first_image` is the first).
+        index: usize,
+    },
+    /// Everything is done.
+    Finished {
+        /// Where the time went.
+        timings: Timings,
+    },
+}
+
+/// The callback's answer.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Control {
+    /// Go on.
+    Continue,
+    /// Stop as soon as possible; the call returns [`crate::Error::Cancelled`].
+    Stop,
+}
+
+/// Stops a generation from another thread, within one image token.
+#[derive(Clone, Debug, Default)]
+pub struct CancelToken(Arc<AtomicBool>);
+
+impl CancelToken {
+    /// A token that nobody has cancelled.
+    pub fn new() -> CancelToken {
+        CancelToken::default()
+    }
+
+    /// Asks the generation to stop; harmless before the start, after the end, and twice.
+    pub fn cancel(&self) {
+        self.0.store(true, Ordering::Release);
+    }
+
+    /// Whether someone asked.
+    pub fn is_cancelled(&self) -> bool {
+        self.0.load(Ordering::Acquire)
+    }
+}
+
+/// Wall-clock time of each stage, always measured.
+#[derive(Clone, Copy, Debug, Default, serde::Serialize)]
+pub struct Timings {
+    /// Prompt to token ids, in milliseconds.
+    pub tokenize_ms: f64,
+    /// Memory, tables and node lists.
+    pub setup_ms: f64,
+    /// Prompt tokens through the transformer.
+    pub prefill_ms: f64,
+    /// All image tokens.
+    pub decode_ms: f64,
+    /// Latents to pixels, copy to the host included.
+    pub vae_decode_ms: f64,
+    /// From the call to its return.
+    pub total_ms: f64,
+}
+
+/// A duration in the unit of [`Timings`].
+pub fn milliseconds(duration: Duration) -> f64 {
+    duration.as_secs_f64() * 1e3
+}

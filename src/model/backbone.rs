@@ -1,0 +1,386 @@
+//! The transformer: device weights, and the nodes of one pass over some rows.
+//!
+//! A row is a token of one sequence; a sequence is one image of one guidance branch. Sequences are ragged:
+//! each has its own length and no padding, and a row's cache slot counts the real tokens before it.
+
+use super::config::ModelConfig;
+use super::upload::Uploader;
+use crate::device::{NodeList, Span};
+use crate::error::Result;
+use crate::ops::{self, DType, Launch};
+use crate::weights::ModelWeights;
+
+/// Weights of one decoder layer.
+struct Layer {
+    input_norm: Span,
+    qkv: Span,
+    qkv_bias: Option<Span>,
+    o: Span,
+    o_bias: Option<Span>,
+    post_norm: Span,
+    gate: Span,
+    gate_bias: Option<Span>,
+    up: Span,
+    up_bias: Option<Span>,
+    down: Span,
+    down_bias: Option<Span>,
+}
+
+/// Weights of the transformer and of the projectors around it.
+pub struct Backbone {
+    embed: Span,
+    layers: Vec<Layer>,
+    norm: Span,
+    image_out: Span,
+    image_out_bias: Span,
+    pos_embed: Option<Span>,
+    pos_rows: usize,
+    dims: Dims,
+}
+
+/// The sizes that every node needs.
+#[derive(Clone, Copy, Debug)]
+struct Dims {
+    hidden: usize,
+    intermediate: usize,
+    heads_q: usize,
+    heads_kv: usize,
+    head_dim: usize,
+    vocab: usize,
+    eps: f32,
+}
+
+/// The rows that a pass works on, and the memory it works in. Shapes use the letters of `kernels/params.h`.
+#[derive(Clone, Copy, Debug)]
+pub struct Rows {
+    /// Rows M of this pass.
+    pub rows: usize,
+    /// `[M, D]` float: the residual stream, read and written.
+    pub x: Span,
+    /// `[M]` u32: sequence of each row.
+    pub row_seq: Span,
+    /// `[M]` u32: cache slot of each row.
+    pub row_pos: Span,
+    /// `[M, Q, d]`: queries.
+    pub q: Span,
+    /// `[M, Q, d]`: attention output.
+    pub context: Span,
+    /// `[M, I]`: activated MLP.
+    pub act: Span,
+    /// Scratch of a split attention, while decoding.
+    pub split: Option<ops::attention::SplitScratch>,
+}
+
+/// Key/value cache and rotation tables of a session.
+#[derive(Clone, Copy, Debug)]
+pub struct Cache {
+    /// `[layers, S, G, capacity, d]`.
+    pub keys: Span,
+    /// `[layers, S, G, capacity, d]`.
+    pub values: Span,
+    /// Sequences S.
+    pub sequences: usize,
+    /// Slots per sequence.
+    pub capacity: usize,
+    /// `[positions, d]` float: cosines, then sines.
+    pub rope: Span,
+    /// Rows of the rotation table.
+    pub positions: usize,
+    /// `[S]` u32: added to a slot for its rotation angle.
+    pub rope_offset: Span,
+}
+
+impl Backbone {
+    /// Uploads the transformer's weights.
+    pub fn load(config: &ModelConfig, weights: &ModelWeights<'_>, up: &mut Uploader<'_>) -> Result<Backbone> {
+        let optional = |up: &mut Uploader<'_>, name: &str| match weights.find(name) {
+            Some(view) => up.one(name, &view).map(Some),
+            None => Ok(None),
+        };
+        let mut layers = Vec::with_capacity(config.num_hidden_layers);
+        for i in 0..config.num_hidden_layers {
+            let name = |part: &str| format!("layers.{i}.{part}");
+            let projections = ["q_proj", "k_proj", "v_proj"].map(|p| format!("layers.{i}.self_attn.{p}"));
+            let stacked = |suffix: &str| -> Result<Vec<_>> {
+                projections.iter().map(|p| weights.get(&format!("{p}.{suffix}"))).collect()
+            };
+            let qkv_bias = match weights.find(&format!("{}.bias", projections[0])) {
+                Some(_) => Some(up.stack(&name("self_attn.qkv.bias"), &stacked("bias")?)?),
+                None => None,
+            };
+            layers.push(Layer {
+                input_norm: up
+                    .one(&name("input_layernorm.weight"), &weights.get(&name("input_layernorm.weight"))?)?,
+                qkv: up.stack(&name("self_attn.qkv.weight"), &stacked("weight")?)?,
+                qkv_bias,
+                o: up
+                    .one(&name("self_attn.o_proj.weight"), &weights.get(&name("self_attn.o_proj.weight"))?)?,
+                o_bias: optional(up, &name("self_attn.o_proj.bias"))?,
+                post_norm: up.one(
+                    &name("post_attention_layernorm.weight"),
+                    &weights.get(&name("post_attention_layernorm.weight"))?,
+                )?,
+                gate: up.one(&name("mlp.gate_proj.weight"), &weights.get(&name("mlp.gate_proj.weight"))?)?,
+                gate_bias: optional(up, &name("mlp.gate_proj.bias"))?,
+                up: up.one(&name("mlp.up_proj.weight"), &weights.get(&name("mlp.up_proj.weight"))?)?,
+                up_bias: optional(up, &name("mlp.up_proj.bias"))?,
+                down: up.one(&name("mlp.down_proj.weight"), &weights.get(&name("mlp.down_proj.weight"))?)?,
+                down_bias: optional(up, &name("mlp.down_proj.bias"))?,
+            });
+        }
+        let (pos_embed, pos_rows) = match config.use_gen_pos_embed {
+            false => (None, 0),
+            true => {
+                let grid = config.base_image_grid_size;
+                let span = match weights.find("gen_pos_embed") {
+                    Some(view) => up.one("gen_pos_embed", &view)?,
+                    None => up.values("gen_pos_embed", position_table(grid, config.hidden_size))?,
+                };
+                (Some(span), grid * grid)
+            }
+        };
+        Ok(Backbone {
+            embed: up.one("embed_tokens.weight", &weights.get("embed_tokens.weight")?)?,
+            layers,
+            norm: up.one("norm.weight", &weights.get("norm.weight")?)?,
+            image_out: up.one("image_out_projector.weight", &weights.get("image_out_projector.weight")?)?,
+            image_out_bias: up.one("image_out_projector.bias", &weights.get("image_out_projector.bias")?)?,
+            pos_embed,
+            pos_rows,
+            dims: Dims {
+                hidden: config.hidden_size,
+                intermediate: config.intermediate_size,
+                heads_q: config.num_attention_heads,
+                heads_kv: config.num_key_value_heads,
+                head_dim: config.head_dim,
+                vocab: config.vocab_size,
+                eps: config.rms_norm_eps,
+            },
+        })
+    }
+
+    /// The position table, if the model has one, read at the token index in `state`.
+    pub fn pos_embed(&self, state: Span) -> Option<ops::out_proj::PosEmbed> {
+        self.pos_embed.map(|table| ops::out_proj::PosEmbed { table, rows: self.pos_rows, state })
+    }
+
+    /// Rows of the position table; a picture may not have more tokens.
+    pub fn pos_rows(&self) -> usize {
+        self.pos_rows
+    }
+
+    /// Number of decoder layers.
+    pub fn layers(&self) -> usize {
+        self.layers.len()
+    }
+
+    /// Token ids `[M]` u32 to the residual stream.
+    pub fn record_embed(
+        &self,
+        launch: &Launch<'_>,
+        list: &mut NodeList,
+        label: &str,
+        ids: Span,
+        rows: &Rows,
+    ) -> Result<()> {
+        let args = ops::embed::Args {
+            ids,
+            table: self.embed,
+            x: rows.x,
+            rows: rows.rows,
+            hidden: self.dims.hidden,
+            vocab: self.dims.vocab,
+        };
+        list.push(ops::embed::node(launch, &format!("{label}.embed"), &args)?);
+        Ok(())
+    }
+
+    /// All decoder layers over `rows`; the cache gains their keys and values.
+    pub fn record_layers(
+        &self,
+        launch: &Launch<'_>,
+        list: &mut NodeList,
+        label: &str,
+        rows: &Rows,
+        cache: &Cache,
+    ) -> Result<()> {
+        let d = self.dims;
+        let layer_bytes = cache.sequences * d.heads_kv * cache.capacity * d.head_dim * launch.dtype.bytes();
+        for (i, layer) in self.layers.iter().enumerate() {
+            let name = |op: &str| format!("{label}.layer{i}.{op}");
+            let k_cache = cache.keys.slice(i * layer_bytes, layer_bytes);
+            let v_cache = cache.values.slice(i * layer_bytes, layer_bytes);
+            let qkv = ops::qkv::Args {
+                x: rows.x,
+                norm_w: layer.input_norm,
+                w: layer.qkv,
+                bias: layer.qkv_bias,
+                rope: cache.rope,
+                row_seq: rows.row_seq,
+                row_pos: rows.row_pos,
+                rope_offset: cache.rope_offset,
+                q: rows.q,
+                k_cache,
+                v_cache,
+                rows: rows.rows,
+                sequences: cache.sequences,
+                hidden: d.hidden,
+                heads_q: d.heads_q,
+                heads_kv: d.heads_kv,
+                head_dim: d.head_dim,
+                capacity: cache.capacity,
+                positions: cache.positions,
+                eps: d.eps,
+            };
+            list.push(ops::qkv::node(launch, &name("qkv"), &qkv)?);
+            let attention = ops::attention::Args {
+                q: rows.q,
+                k_cache,
+                v_cache,
+                row_seq: rows.row_seq,
+                row_pos: rows.row_pos,
+                out: rows.context,
+                split: rows.split,
+                rows: rows.rows,
+                sequences: cache.sequences,
+                heads_q: d.heads_q,
+                heads_kv: d.heads_kv,
+                head_dim: d.head_dim,
+                capacity: cache.capacity,
+                scale: attention_scale(d.head_dim),
+            };
+            list.push(ops::attention::node(launch, &name("attention"), &attention)?);
+            let o_proj = ops::project::Args {
+                input: rows.context,
+                w: layer.o,
+                bias: layer.o_bias,
+                x: rows.x,
+                rows: rows.rows,
+                hidden: d.hidden,
+                inner: d.heads_q * d.head_dim,
+            };
+            list.push(ops::o_proj::node(launch, &name("o_proj"), &o_proj)?);
+            let gate_up = ops::gate_up::Args {
+                x: rows.x,
+                norm_w: layer.post_norm,
+                w_gate: layer.gate,
+                w_up: layer.up,
+                gate_bias: layer.gate_bias,
+                up_bias: layer.up_bias,
+                act: rows.act,
+                rows: rows.rows,
+                hidden: d.hidden,
+                intermediate: d.intermediate,
+                eps: d.eps,
+            };
+            list.push(ops::gate_up::node(launch, &name("gate_up"), &gate_up)?);
+            let down = ops::project::Args {
+                input: rows.act,
+                w: layer.down,
+                bias: layer.down_bias,
+                x: rows.x,
+                rows: rows.rows,
+                hidden: d.hidden,
+                inner: d.intermediate,
+            };
+            list.push(ops::down::node(launch, &name("down"), &down)?);
+        }
+        Ok(())
+    }
+
+    /// Final norm, position row and `image_out_projector`: residual `x [S, D]` to condition `c [S, D]`.
+    #[expect(clippy::too_many_arguments, reason = "each is a buffer of its own; a struct would only rename them")]
+    pub fn record_condition(
+        &self,
+        launch: &Launch<'_>,
+        list: &mut NodeList,
+        label: &str,
+        x: Span,
+        rows: usize,
+        pos_embed: Option<ops::out_proj::PosEmbed>,
+        norm_out: Option<Span>,
+        c: Span,
+    ) -> Result<()> {
+        let args = ops::out_proj::Args {
+            x,
+            norm_w: self.norm,
+            pos_embed,
+            w: self.image_out,
+            bias: self.image_out_bias,
+            norm_out,
+            c,
+            rows,
+            hidden: self.dims.hidden,
+            eps: self.dims.eps,
+        };
+        list.push(ops::out_proj::node(launch, &format!("{label}.out_proj"), &args)?);
+        Ok(())
+    }
+}
+
+/// `1 / sqrt(head_dim)`.
+pub fn attention_scale(head_dim: usize) -> f32 {
+    (1.0 / (head_dim as f64).sqrt()) as f32
+}
+
+/// Frequencies `theta^(-2j/d)` in single precision (model.md section 11, quirk 1: the official `.to(bfloat16)`
+/// rounds them, training did not).
+pub fn rope_frequencies(theta: f64, head_dim: usize) -> Vec<f32> {
+    (0..head_dim / 2).map(|j| (1.0 / theta.powf(2.0 * j as f64 / head_dim as f64)) as f32).collect()
+}
+
+/// `[positions, d]`: cosines, then sines of `position * frequency`, rounded to `dtype` as the official code
+/// rounds them before the multiplication.
+pub fn rope_table(frequencies: &[f32], positions: usize, dtype: DType) -> Vec<f32> {
+    let round = |v: f64| match dtype {
+        DType::F32 => v as f32,
+        DType::Bf16 => half::bf16::from_f64(v).to_f32(),
+    };
+    let mut table = Vec::with_capacity(positions * frequencies.len() * 2);
+    for position in 0..positions {
+        // The angle itself is a single-precision product, as torch forms it.
+        let angles: Vec<f64> = frequencies.iter().map(|f| f64::from(position as f32 * f)).collect();
+        table.extend(angles.iter().map(|a| round(a.cos())));
+        table.extend(angles.iter().map(|a| round(a.sin())));
+    }
+    table
+}
+
+/// The fixed position table of section 4 of model.md: `[grid * grid, D]`, column before row.
+fn position_table(grid: usize, hidden: usize) -> Vec<f32> {
+    let quarter = hidden / 4;
+    let frequency = |i: usize| 1.0 / 10_000f64.powf(i as f64 / quarter as f64);
+    let mut table = Vec::with_capacity(grid * grid * hidden);
+    for index in 0..grid * grid {
+        for position in [index % grid, index / grid] {
+            let angle = |i: usize| position as f64 * frequency(i);
+            table.extend((0..quarter).map(|i| angle(i).sin() as f32));
+            table.extend((0..quarter).map(|i| angle(i).cos() as f32));
+        }
+    }
+    table
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn rope_table_holds_cosines_then_sines() {
+        let table = rope_table(&rope_frequencies(10_000.0, 4), 3, DType::F32);
+        assert_eq!(&table[..4], [1.0, 1.0, 0.0, 0.0]);
+        assert!((table[4] - 1f32.cos()).abs() < 1e-7 && (table[6] - 1f32.sin()).abs() < 1e-7);
+        assert!((table[5] - 0.01f32.cos()).abs() < 1e-7 && (table[7] - 0.01f32.sin()).abs() < 1e-7);
+        let rounded = rope_table(&rope_frequencies(10_000.0, 4), 3, DType::Bf16);
+        assert_eq!(rounded[4], half::bf16::from_f32(table[4]).to_f32());
+    }
+
+    #[test]
+    fn position_table_puts_the_column_first() {
+        let table = position_table(32, 8);
+        // Entry 33 is row 1, column 1; entry 32 is row 1, column 0.
+        let entry = &table[32 * 8..33 * 8];
+        assert_eq!(&entry[..4], [0.0, 0.0, 1.0, 1.0]);
+        assert!((entry[4] - 1f32.sin()).abs() < 1e-7);
+    }
+}

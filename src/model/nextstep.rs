@@ -1,0 +1,68 @@
+//! The whole model on a device: weights of the transformer, the flow head and the VAE decoder.
+
+use super::backbone::Backbone;
+use super::config::{ModelConfig, VaeConfig};
+use super::flow_head::FlowHead;
+use super::upload::Uploader;
+use super::vae::VaeDecoder;
+use crate::device::{Buffer, Device, Stream};
+use crate::error::Result;
+use crate::ops::DType;
+use crate::weights::{ModelWeights, VaeWeights};
+use std::sync::Arc;
+
+/// Weights on a device. Constant after loading, shared by all sessions.
+pub struct NextStep {
+    /// The transformer and `image_out_projector`.
+    pub backbone: Backbone,
+    /// The flow head and `image_in_projector`.
+    pub flow: FlowHead,
+    /// The VAE decoder.
+    pub vae: VaeDecoder,
+    /// Sizes of the transformer and the flow head.
+    pub config: ModelConfig,
+    /// Sizes of the VAE.
+    pub vae_config: VaeConfig,
+    /// Element type of weights, activations and cache.
+    pub dtype: DType,
+    weight_bytes: u64,
+    _buffers: Vec<Buffer>,
+}
+
+impl NextStep {
+    /// Uploads every tensor that text-to-image reads.
+    pub fn load(
+        device: &Arc<dyn Device>,
+        stream: &mut dyn Stream,
+        (config, weights): (&ModelConfig, &ModelWeights<'_>),
+        (vae_config, vae_weights): (&VaeConfig, &VaeWeights<'_>),
+        dtype: DType,
+    ) -> Result<NextStep> {
+        let mut up = Uploader::new(device.clone(), stream, dtype);
+        let backbone = Backbone::load(config, weights, &mut up)?;
+        let flow = FlowHead::load(config, weights, &mut up)?;
+        let vae = VaeDecoder::load(vae_config, vae_weights, &mut up)?;
+        let (buffers, bytes) = up.finish();
+        stream.synchronize()?;
+        Ok(NextStep {
+            backbone,
+            flow,
+            vae,
+            config: config.clone(),
+            vae_config: vae_config.clone(),
+            dtype,
+            weight_bytes: bytes as u64,
+            _buffers: buffers,
+        })
+    }
+
+    /// Bytes of device memory that the weights take.
+    pub fn weight_bytes(&self) -> u64 {
+        self.weight_bytes
+    }
+
+    /// Pixels per token and axis: VAE downsampling times patch size.
+    pub fn down_factor(&self) -> usize {
+        self.vae_config.downsample_factor() * self.config.latent_patch_size
+    }
+}

@@ -1,0 +1,181 @@
+//! One generation at a time: the token loop, its events, cancellation and checks.
+//!
+//! The loop replays one node list per image token and never waits for the host inside a row of tokens: at most
+//! [`TOKENS_IN_FLIGHT`] tokens are enqueued beyond the last completed event. Progress, cancel and the check for
+//! non-finite values act on events.
+
+use crate::device::{Event as DeviceEvent, Executable};
+use crate::engine::{Engine, Plan};
+use crate::error::{Error, Result};
+use crate::event::{CancelToken, Control, Event, Timings, milliseconds};
+use crate::image::RgbImage;
+use crate::model::arena::Stage;
+use crate::model::run::Run;
+use crate::request::GenerateRequest;
+use std::collections::VecDeque;
+use std::sync::Arc;
+use std::time::Instant;
+
+/// Tokens that may be enqueued beyond the last completed event.
+const TOKENS_IN_FLIGHT: usize = 2;
+
+/// Generates images with an engine. Used by one thread at a time; dropping it frees all memory it took.
+pub struct Session {
+    engine: Arc<Engine>,
+}
+
+/// What a generation returns.
+#[derive(Clone, Debug)]
+pub struct Images {
+    /// The pictures, in the order of their indices.
+    pub images: Vec<RgbImage>,
+    /// What was planned.
+    pub plan: Plan,
+    /// Where the time went.
+    pub timings: Timings,
+}
+
+/// Sends events and turns a caller's wish to stop into an error.
+struct Listener<'a> {
+    callback: &'a mut dyn FnMut(&Event) -> Control,
+    cancel: &'a CancelToken,
+    tokens_done: usize,
+}
+
+impl Listener<'_> {
+    fn send(&mut self, event: &Event) -> Result<()> {
+        match (self.callback)(event) {
+            Control::Continue => self.check(),
+            Control::Stop => Err(Error::Cancelled { tokens: self.tokens_done }),
+        }
+    }
+
+    fn check(&self) -> Result<()> {
+        match self.cancel.is_cancelled() {
+            true => Err(Error::Cancelled { tokens: self.tokens_done }),
+            false => Ok(()),
+        }
+    }
+}
+
+impl Session {
+    pub(crate) fn new(engine: Arc<Engine>) -> Session {
+        Session { engine }
+    }
+
+    /// The engine of this session.
+    pub fn engine(&self) -> &Engine {
+        &self.engine
+    }
+
+    /// Makes the images of a request. `callback` is called on this thread; `cancel` may be set from any.
+    pub fn generate(
+        &mut self,
+        request: &GenerateRequest,
+        cancel: &CancelToken,
+        callback: &mut dyn FnMut(&Event) -> Control,
+    ) -> Result<Images> {
+        let start = Instant::now();
+        let mut timings = Timings::default();
+        let mut listener = Listener { callback, cancel, tokens_done: 0 };
+        listener.check()?;
+        let prepared = self.engine.prepare(request)?;
+        let plan = prepared.plan;
+        timings.tokenize_ms = milliseconds(start.elapsed());
+
+        let mark = Instant::now();
+        let (height, width) = prepared.spec.grid;
+        let mut run = Run::new(
+            self.engine.model.clone(),
+            &self.engine.device,
+            self.engine.options.kernels.clone(),
+            prepared.spec,
+        )?;
+        let token_list = Arc::new(run.record_token(false)?);
+        let last_list = Arc::new(run.record_token(true)?);
+        let token = run.stream().instantiate(token_list)?;
+        let last = run.stream().instantiate(last_list)?;
+        timings.setup_ms = milliseconds(mark.elapsed());
+        listener.send(&Event::Started {
+            prompt_tokens: plan.prompt_tokens.iter().copied().max().unwrap_or(0),
+            image_tokens: plan.image_tokens,
+            images: plan.images,
+        })?;
+
+        let mark = Instant::now();
+        prefill(&mut run)?;
+        timings.prefill_ms = milliseconds(mark.elapsed());
+
+        let mark = Instant::now();
+        token_loop(&mut run, (height, width), (token.as_ref(), last.as_ref()), &mut listener)?;
+        run.end_stage(Stage::Decode)?;
+        timings.decode_ms = milliseconds(mark.elapsed());
+
+        let mark = Instant::now();
+        listener.check()?;
+        let images = decode_images(&mut run, plan.images)?;
+        timings.vae_decode_ms = milliseconds(mark.elapsed());
+        for index in 0..images.len() {
+            listener.send(&Event::Image { index: request.first_image as usize + index })?;
+        }
+        timings.total_ms = milliseconds(start.elapsed());
+        listener.send(&Event::Finished { timings })?;
+        Ok(Images { images, plan, timings })
+    }
+}
+
+fn prefill(run: &mut Run) -> Result<()> {
+    let list = Arc::new(run.record_prefill(true)?);
+    let executable = run.stream().instantiate(list)?;
+    run.stream().replay(executable.as_ref())?;
+    run.stream().synchronize()?;
+    run.end_stage(Stage::Prefill)
+}
+
+/// Enqueues every token; keeps at most [`TOKENS_IN_FLIGHT`] beyond the last one known to be finished.
+fn token_loop(
+    run: &mut Run,
+    (height, width): (usize, usize),
+    (token, last): (&dyn Executable, &dyn Executable),
+    listener: &mut Listener<'_>,
+) -> Result<()> {
+    let total = height * width;
+    let mut pending: VecDeque<Box<dyn DeviceEvent>> = VecDeque::new();
+    for index in 0..total {
+        listener.check()?;
+        let list = if index + 1 == total { last } else { token };
+        run.stream().replay(list)?;
+        pending.push_back(run.stream().record()?);
+        let row_ends = (index + 1) % width == 0;
+        // The end of a row is the only place where the host reads device memory, so everything is awaited.
+        let keep = if row_ends { 0 } else { TOKENS_IN_FLIGHT };
+        while pending.len() > keep {
+            if let Some(event) = pending.pop_front() {
+                event.wait()?;
+                listener.tokens_done += 1;
+                listener.send(&Event::Token { done: listener.tokens_done, of: total })?;
+            }
+        }
+        if row_ends {
+            let state = run.state()?;
+            if state.nonfinite != 0 {
+                return Err(Error::NonFinite { stage: "flow head", token: state.nonfinite as usize - 1 });
+            }
+            listener.send(&Event::Rows { done: (index + 1) / width, of: height })?;
+        }
+    }
+    Ok(())
+}
+
+fn decode_images(run: &mut Run, images: usize) -> Result<Vec<RgbImage>> {
+    let (list, decoded) = run.record_image()?;
+    let executable = run.stream().instantiate(Arc::new(list))?;
+    run.stream().replay(executable.as_ref())?;
+    let mut rgb = vec![0; decoded.rgb.bytes];
+    run.stream().download(decoded.rgb.ptr, &mut rgb)?;
+    run.end_stage(Stage::Image)?;
+    let per_image = rgb.len() / images.max(1);
+    rgb.chunks_exact(per_image.max(1))
+        .map(|pixels| RgbImage::new(decoded.width as u32, decoded.height as u32, pixels.to_vec()))
+        .collect()
+}

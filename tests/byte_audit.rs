@@ -1,0 +1,224 @@
+//! Counts what the decode kernels read at the shapes of the 14B model on 132 SMs: every weight once.
+//!
+//! Runs in the `count` build of the emulated device only (`tools/emulator-test.sh count --test byte_audit`); other
+//! builds observe no memory access and have nothing to count.
+
+use std::sync::Arc;
+use warpstep::device::emulated::{BuildKind, EmulatedDevice, EmulatedOptions, LaunchAudit, build_kind};
+use warpstep::device::{Buffer, Device, Node, Span, Stream};
+use warpstep::ops::{self, DType, Launch, Selection, params::SolverStep};
+
+const HIDDEN: usize = 5120;
+const INTERMEDIATE: usize = 13824;
+const HEADS_Q: usize = 40;
+const HEADS_KV: usize = 8;
+const HEAD_DIM: usize = 128;
+const CAPACITY: usize = 64;
+const WIDTH: usize = 1536;
+const BLOCKS: usize = 12;
+const TOKEN_DIM: usize = 64;
+const E: usize = 2;
+
+struct Bench {
+    device: Arc<EmulatedDevice>,
+    stream: Box<dyn Stream>,
+    buffers: Vec<Buffer>,
+}
+
+impl Bench {
+    fn new() -> Option<Bench> {
+        if build_kind() != BuildKind::Count {
+            println!("nothing to count in the {} build", build_kind());
+            return None;
+        }
+        let options = EmulatedOptions { sm_count: 132, ..EmulatedOptions::default() };
+        let device = Arc::new(EmulatedDevice::new(options));
+        let stream = device.stream().unwrap();
+        Some(Bench { device, stream, buffers: Vec::new() })
+    }
+
+    /// Memory whose contents do not matter: the kernels' addresses follow from shapes and indices alone.
+    fn zeros(&mut self, name: &str, bytes: usize) -> Span {
+        let buffer = self.device.alloc(bytes, name).unwrap();
+        self.stream.fill(buffer.span(), 0).unwrap();
+        let span = buffer.span();
+        self.buffers.push(buffer);
+        span
+    }
+
+    fn indices(&mut self, name: &str, values: &[u32]) -> Span {
+        let span = self.zeros(name, values.len() * 4);
+        self.stream.upload(span.ptr, bytemuck::cast_slice(values)).unwrap();
+        span
+    }
+
+    fn run(&mut self, node: &Node) -> LaunchAudit {
+        self.device.take_audit();
+        self.stream.launch(node).unwrap();
+        self.stream.synchronize().unwrap();
+        let audit = self.device.take_audit().pop().expect("one launch was counted");
+        assert!(audit.undeclared.is_empty(), "{}: {:?}", node.label, audit.undeclared);
+        audit
+    }
+
+    /// Asserts that the launch read buffer `name` of `bytes` between 1.00 and `most` times over, all of it.
+    fn expect(&self, audit: &LaunchAudit, name: &str, bytes: usize, most: f64) {
+        let traffic = audit
+            .buffers
+            .iter()
+            .find(|b| b.name == name)
+            .unwrap_or_else(|| panic!("{} does not touch {name}", audit.label));
+        let ratio = traffic.read_bytes as f64 / bytes as f64;
+        println!("{} {name}: {} bytes of {bytes}, ratio {ratio:.4}", audit.label, traffic.read_bytes);
+        assert_eq!(traffic.read_unique_bytes, bytes as u64, "{name}: not all of it was read");
+        assert!((1.0..=most).contains(&ratio), "{name}: read {ratio:.4} times, at most {most} allowed");
+    }
+}
+
+/// At most this much may be read beyond one pass.
+const ONCE: f64 = 1.02;
+
+#[test]
+fn one_decoder_layer_reads_every_weight_once() {
+    let Some(mut bench) = Bench::new() else { return };
+    let selection = Selection::default();
+    let launch = Launch { selection: &selection, dtype: DType::Bf16, sm_count: 132, dependent: false };
+    let qkv_rows = (HEADS_Q + 2 * HEADS_KV) * HEAD_DIM;
+    let w_qkv = bench.zeros("w_qkv", qkv_rows * HIDDEN * E);
+    let bias = bench.zeros("bias", qkv_rows * E);
+    let w_o = bench.zeros("w_o", HIDDEN * HEADS_Q * HEAD_DIM * E);
+    let w_gate = bench.zeros("w_gate", INTERMEDIATE * HIDDEN * E);
+    let w_up = bench.zeros("w_up", INTERMEDIATE * HIDDEN * E);
+    let w_down = bench.zeros("w_down", INTERMEDIATE * HIDDEN * E);
+    let w_out = bench.zeros("w_out", HIDDEN * HIDDEN * E);
+    let norm_w = bench.zeros("norm_w", HIDDEN * E);
+    let rope = bench.zeros("rope", CAPACITY * HEAD_DIM * 4);
+    for rows in 1..=3usize {
+        let x = bench.zeros("x", rows * HIDDEN * 4);
+        let row_seq = bench.indices("row_seq", &(0..rows as u32).collect::<Vec<_>>());
+        let row_pos = bench.indices("row_pos", &vec![17; rows]);
+        let rope_offset = bench.indices("rope_offset", &vec![0; rows]);
+        let q = bench.zeros("q", rows * HEADS_Q * HEAD_DIM * E);
+        let cache_bytes = rows * HEADS_KV * CAPACITY * HEAD_DIM * E;
+        let (k_cache, v_cache) = (bench.zeros("k_cache", cache_bytes), bench.zeros("v_cache", cache_bytes));
+        let act = bench.zeros("act", rows * INTERMEDIATE * E);
+        let c = bench.zeros("c", rows * HIDDEN * E);
+        let qkv = ops::qkv::Args {
+            x, norm_w, w: w_qkv, bias: Some(bias), rope, row_seq, row_pos, rope_offset, q, k_cache, v_cache, rows,
+            sequences: rows, hidden: HIDDEN, heads_q: HEADS_Q, heads_kv: HEADS_KV, head_dim: HEAD_DIM,
+            capacity: CAPACITY, positions: CAPACITY, eps: 1e-5,
+        };
+        let audit = bench.run(&ops::qkv::node(&launch, "qkv", &qkv).unwrap());
+        bench.expect(&audit, "w_qkv", w_qkv.bytes, ONCE);
+        let o = ops::project::Args {
+            input: q, w: w_o, bias: None, x, rows, hidden: HIDDEN, inner: HEADS_Q * HEAD_DIM,
+        };
+        let audit = bench.run(&ops::o_proj::node(&launch, "o_proj", &o).unwrap());
+        bench.expect(&audit, "w_o", w_o.bytes, ONCE);
+        let gate_up = ops::gate_up::Args {
+            x, norm_w, w_gate, w_up, gate_bias: None, up_bias: None, act, rows, hidden: HIDDEN,
+            intermediate: INTERMEDIATE, eps: 1e-5,
+        };
+        let audit = bench.run(&ops::gate_up::node(&launch, "gate_up", &gate_up).unwrap());
+        bench.expect(&audit, "w_gate", w_gate.bytes, ONCE);
+        bench.expect(&audit, "w_up", w_up.bytes, ONCE);
+        let down = ops::project::Args {
+            input: act, w: w_down, bias: None, x, rows, hidden: HIDDEN, inner: INTERMEDIATE,
+        };
+        let audit = bench.run(&ops::down::node(&launch, "down", &down).unwrap());
+        bench.expect(&audit, "w_down", w_down.bytes, ONCE);
+        let out = ops::out_proj::Args {
+            x, norm_w, pos_embed: None, w: w_out, bias: norm_w, norm_out: None, c, rows, hidden: HIDDEN, eps: 1e-5,
+        };
+        let audit = bench.run(&ops::out_proj::node(&launch, "out_proj", &out).unwrap());
+        bench.expect(&audit, "w_out", w_out.bytes, ONCE);
+    }
+}
+
+#[test]
+fn the_flow_head_reads_modulations_once_and_the_chain_once_per_evaluation() {
+    let Some(mut bench) = Bench::new() else { return };
+    let selection = Selection::default();
+    let launch = Launch { selection: &selection, dtype: DType::Bf16, sm_count: 132, dependent: false };
+    let (steps, images, branches) = (2, 1, 2);
+    let rows = images * branches;
+    let outputs = (3 * BLOCKS + 2) * WIDTH;
+    let cond_in = bench.zeros("cond_in", rows * HIDDEN * E);
+    let w_cond = bench.zeros("w_cond", WIDTH * HIDDEN * E);
+    let cond = bench.zeros("cond", rows * WIDTH * E);
+    let linear = ops::linear::Args {
+        x: cond_in, w: w_cond, bias: None, y: cond, rows, outputs: WIDTH, inner: HIDDEN, silu: false, out_f32: false,
+    };
+    let audit = bench.run(&ops::linear::node(&launch, "cond_embed", &linear).unwrap());
+    bench.expect(&audit, "w_cond", w_cond.bytes, ONCE);
+
+    let time = bench.zeros("time", steps * WIDTH * E);
+    let w_mod = bench.zeros("w_mod", outputs * WIDTH * E);
+    let b_mod = bench.zeros("b_mod", outputs * E);
+    let modulation = bench.zeros("modulation", steps * rows * outputs * E);
+    let args = ops::flow_modulation::Args {
+        time, cond, w: w_mod, bias: b_mod, modulation, steps, rows, width: WIDTH, outputs,
+    };
+    let audit = bench.run(&ops::flow_modulation::node(&launch, "flow_modulation", &args).unwrap());
+    bench.expect(&audit, "w_mod", w_mod.bytes, ONCE);
+
+    let w0 = bench.zeros("w0", BLOCKS * WIDTH * WIDTH * E);
+    let w2 = bench.zeros("w2", BLOCKS * WIDTH * WIDTH * E);
+    let vector = bench.zeros("vectors", BLOCKS * WIDTH * E);
+    let w_in = bench.zeros("w_in", WIDTH * TOKEN_DIM * E);
+    let w_out = bench.zeros("w_out", TOKEN_DIM * WIDTH * E);
+    let w_next = bench.zeros("w_next", HIDDEN * TOKEN_DIM * E);
+    let b_next = bench.zeros("b_next", HIDDEN * E);
+    let table = vec![SolverStep { keep: 1.0, velocity: 0.5, noise: 0.0, pad: 0 }; steps];
+    let steps_table = bench.zeros("steps", steps * size_of::<SolverStep>());
+    bench.stream.upload(steps_table.ptr, bytemuck::cast_slice(&table)).unwrap();
+    let floats = |bench: &mut Bench, name: &str, n: usize| bench.zeros(name, n * 4);
+    let chain = ops::flow_chain::Args {
+        modulation,
+        w_in,
+        b_in: vector,
+        ln_w: vector,
+        ln_b: vector,
+        w0,
+        b0: vector,
+        w2,
+        b2: vector,
+        w_out,
+        b_out: vector,
+        steps_table,
+        guidance: floats(&mut bench, "guidance", 2),
+        draws: floats(&mut bench, "draws", images * TOKEN_DIM),
+        forced_x: None,
+        state: bench.zeros("state", 128),
+        barrier: bench.zeros("barrier", 128),
+        h: floats(&mut bench, "h", rows * WIDTH),
+        a: floats(&mut bench, "a", rows * WIDTH),
+        v_raw: floats(&mut bench, "v_raw", rows * TOKEN_DIM),
+        trace_v_raw: None,
+        trace_v: None,
+        trace_x: None,
+        sampled: None,
+        tokens: bench.zeros("tokens", images * TOKEN_DIM * E),
+        w_next,
+        b_next,
+        x_next: floats(&mut bench, "x_next", rows * HIDDEN),
+        steps,
+        images,
+        branches,
+        width: WIDTH,
+        mlp_width: WIDTH,
+        blocks: BLOCKS,
+        token_dim: TOKEN_DIM,
+        hidden: HIDDEN,
+        tokens_total: 1,
+        draws_per_slot: 1,
+        draw_slots: 1,
+        use_norm: true,
+        rescale: false,
+    };
+    let audit = bench.run(&ops::flow_chain::node(&launch, "flow_chain", &chain).unwrap());
+    for (name, span) in [("w0", w0), ("w2", w2), ("w_out", w_out)] {
+        bench.expect(&audit, name, span.bytes, ONCE * steps as f64);
+    }
+    bench.expect(&audit, "w_next", w_next.bytes, ONCE);
+}
