@@ -24,7 +24,12 @@ SPECK = 0.004
 PLACE_TOLERANCE = 0.13
 SIZE_TOLERANCE = (0.72, 1.38)
 # Area of a shape of size 1, and how far its centroid lies below its centre.
-AREA = {"circle": np.pi, "square": 4 * scenes.SQUARE_HALF**2, "triangle": 1.71, "star": 5 * np.sin(np.pi / 5) * 1.08 * 0.52}
+AREA = {
+    "circle": np.pi,
+    "square": 4 * scenes.SQUARE_HALF**2,
+    "triangle": 0.5 * 1.8 * 1.9,
+    "star": 5 * np.sin(np.pi / 5) * scenes.STAR_OUTER * scenes.STAR_INNER,
+}
 CENTROID = {"circle": 0.0, "square": 0.0, "triangle": 0.95 / 3, "star": 0.0}
 
 

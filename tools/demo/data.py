@@ -84,7 +84,8 @@ class Pool:
 
     def state_dict(self):
         """Everything needed to go on after an interruption."""
-        stack = {"texts": self.texts, "made": self.made, "tokens": torch.stack(self.tokens), "keep": torch.stack(self.keep)}
+        stack = {"tokens": torch.stack(self.tokens), "keep": torch.stack(self.keep)}
+        stack |= {"texts": self.texts, "made": self.made}
         return stack | ({"sources": torch.stack(self.sources)} if self.kind == "edit" else {})
 
     def load_state_dict(self, state):

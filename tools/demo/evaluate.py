@@ -119,7 +119,8 @@ def main():
         model, tok = layout.load_model(args.model, args.device), layout.load_tokenizer(args.model)
         run = evaluate_edits if args.edits else evaluate_captions
         pictures, verdicts, kinds, texts = run(model, vae, tok, grid, args)
-        print(f"{args.size}  cfg {args.cfg:g}  {args.steps} {args.sampler} steps  n={len(texts)}  {time.monotonic() - began:.0f} s")
+        setting = f"{args.size}  cfg {args.cfg:g}  {args.steps} {args.sampler} steps"
+        print(f"{setting}  n={len(texts)}  {time.monotonic() - began:.0f} s")
     print(*check.table(verdicts, kinds), sep="\n")
     if args.failures:
         for text, verdict in zip(texts, verdicts):

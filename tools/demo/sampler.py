@@ -57,7 +57,9 @@ def branch_rows(tok, grid, texts, sources, cfg, cfg_img):
 
 
 @torch.no_grad()
-def generate(model, tok, texts, grid, cfg=2.0, cfg_img=1.0, steps=10, sampler="ode", seed=0, use_norm=True, sources=None):
+def generate(
+    model, tok, texts, grid, cfg=2.0, cfg_img=1.0, steps=10, sampler="ode", seed=0, use_norm=True, sources=None
+):  # fmt: skip
     """Image tokens [B, hw, K] for captions, or for instructions when `sources` [B, n, K] holds pictures to edit."""
     device = next(model.parameters()).device
     rng = torch.Generator().manual_seed(seed)

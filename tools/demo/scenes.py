@@ -43,8 +43,9 @@ NUMBERS = {2: "two", 3: "three"}
 # A circle of size r reaches r from its centre; the others are scaled to look equally large.
 SQUARE_HALF = 0.9
 TRIANGLE = np.array([(0.0, -0.95), (0.9, 0.95), (-0.9, 0.95)])
+STAR_OUTER, STAR_INNER = 1.08, 0.52
 _spoke = np.arange(10) * np.pi / 5
-STAR = np.stack([np.sin(_spoke), -np.cos(_spoke)], 1) * np.where(np.arange(10) % 2, 0.52, 1.08)[:, None]
+STAR = np.stack([np.sin(_spoke), -np.cos(_spoke)], 1) * np.where(np.arange(10) % 2, STAR_INNER, STAR_OUTER)[:, None]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -80,7 +81,8 @@ def draw_pair(rng, background, held_out):
 def one_thing(background, colour, shape, size, corner):
     """The single-object scene without jitter; `size` and `corner` are words of the caption, "" when not said."""
     x, y = CORNERS.get(corner, (0.5, 0.5))
-    return Scene(background, (Thing(colour, shape, x, y, (CORNER_SIZES if corner else SIZES)[size]),), "one", (size, corner))
+    thing = Thing(colour, shape, x, y, (CORNER_SIZES if corner else SIZES)[size])
+    return Scene(background, (thing,), "one", (size, corner))
 
 
 def pair_scene(background, first, second, relation):
@@ -245,10 +247,12 @@ def keep_chances(scene, grid, cell=16):
 _COLOUR, _SHAPE = "|".join(COLOURS), "|".join(SHAPES)
 _GROUND = rf" on (?:an? )?(?P<ground>{_COLOUR})(?: background)?"
 _ONE = re.compile(
-    rf"an? (?:(?P<size>small|large) )?(?P<colour>{_COLOUR}) (?P<shape>{_SHAPE})(?: at the (?P<corner>{'|'.join(CORNERS)}))?" + _GROUND
+    rf"an? (?:(?P<size>small|large) )?(?P<colour>{_COLOUR}) (?P<shape>{_SHAPE})"
+    rf"(?: at the (?P<corner>{'|'.join(CORNERS)}))?{_GROUND}"
 )
 _TWO = re.compile(
-    rf"an? (?P<c1>{_COLOUR}) (?P<s1>{_SHAPE}) (?P<relation>to the left of|above) an? (?P<c2>{_COLOUR}) (?P<s2>{_SHAPE})" + _GROUND
+    rf"an? (?P<c1>{_COLOUR}) (?P<s1>{_SHAPE}) (?P<relation>to the left of|above) "
+    rf"an? (?P<c2>{_COLOUR}) (?P<s2>{_SHAPE}){_GROUND}"
 )
 _ROW = re.compile(rf"(?P<count>two|three) (?P<colour>{_COLOUR}) (?P<shape>{_SHAPE})s" + _GROUND)
 

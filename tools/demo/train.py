@@ -86,7 +86,8 @@ class Source:
         ready = [s for s in self.streams if any(len(self.pools[k, s.grid]) for k in s.kinds)]
         weights = np.array([s.early if progress < self.switch else s.late for s in ready])
         stream = ready[self.rng.choice(len(ready), p=weights / weights.sum())]
-        shares = np.array([f * bool(len(self.pools[k, stream.grid])) for k, f in zip(stream.kinds, self.shares(stream, progress))])
+        filled = [bool(len(self.pools[kind, stream.grid])) for kind in stream.kinds]
+        shares = np.array(self.shares(stream, progress)) * filled
         kinds = self.rng.choice(len(shares), stream.rows, p=shares / shares.sum())
         pools = [self.pools[stream.kinds[k], stream.grid] for k in kinds]
         picks = [(pool, int(self.rng.integers(len(pool)))) for pool in pools]
@@ -146,7 +147,8 @@ class Trainer:
         torch.manual_seed(args.seed)
         self.device = args.device
         self.tok = layout.load_tokenizer(args.tokenizer)
-        self.model = layout.load_model(args.start, self.device) if args.start else NextStep(ModelConfig()).to(self.device)
+        start = layout.load_model(args.start) if args.start else NextStep(ModelConfig())
+        self.model = start.to(self.device)
         vae = layout.load_vae(args.vae, self.device).eval().requires_grad_(False)
         self.source = Source(args.plan, args.switch, vae, self.tok, args.seed, args.pool)
         self.optimisers = optim.build(*split_parameters(self.model), args.muon_lr, args.adam_lr)

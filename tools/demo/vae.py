@@ -88,9 +88,8 @@ class Upsample(nn.Module):
 
 def middle(channels):
     """ResBlock, attention, ResBlock at the lowest resolution."""
-    return nn.ModuleDict(
-        {"block_1": ResBlock(channels, channels), "attn_1": AttnBlock(channels), "block_2": ResBlock(channels, channels)}
-    )
+    first, second = ResBlock(channels, channels), ResBlock(channels, channels)
+    return nn.ModuleDict({"block_1": first, "attn_1": AttnBlock(channels), "block_2": second})
 
 
 class Encoder(nn.Module):
