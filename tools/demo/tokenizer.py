@@ -64,7 +64,7 @@ def train():
     tok.add_special_tokens([AddedToken(token, special=True, normalized=False) for token in SPECIALS])
     for token, expected in SPECIAL_IDS.items():
         if tok.token_to_id(token) != expected:
-            raise ValueError(f"{token} got id {tok.token_to_id(token)}, expected {expected}: too few merges in the corpus")
+            raise ValueError(f"{token} got id {tok.token_to_id(token)}, expected {expected}: corpus too small")
     return tok
 
 
