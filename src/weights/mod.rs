@@ -20,7 +20,7 @@ pub use names::{ModelWeights, model_tensors};
 pub use slots::{Part, TensorSpec};
 pub use source::OpenOptions;
 pub(crate) use source::{escape, read_text};
-pub use summary::{ModelSummary, describe};
+pub use summary::{CheckpointSummary, ModelSummary, describe};
 pub use vae_names::{VaeWeights, vae_tensors};
 
 use crate::error::{Error, Result};

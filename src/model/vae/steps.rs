@@ -120,7 +120,8 @@ impl Steps {
         let (Some(&finest), Some(&coarsest)) = (channels.first(), channels.last()) else {
             return Err(Error::Internal("a VAE without levels".into()));
         };
-        let mut b = Builder { images, element_bytes: dtype.bytes(), list: Vec::new(), scratch: Scratch::default() };
+        let mut b =
+            Builder { images, element_bytes: dtype.bytes(), list: Vec::new(), scratch: Scratch::default() };
 
         let latent = Tensor { place: Place::Latent, height, width, channels: config.z_channels };
         let mut x = b.tensor(height, width, coarsest)?;
