@@ -659,3 +659,47 @@ pub struct RunBuffers {
     /// Taps of the sampler; verification only.
     pub taps: FlowTaps,
 }
+
+#[cfg(all(test, feature = "demo-model"))]
+mod tests {
+    use super::*;
+    use crate::device::emulated::{EmulatedDevice, EmulatedOptions, ReplayOrder};
+    use crate::engine::{Engine, EngineOptions, ModelSource};
+
+    /// Two tokens of the demo model with the replays in `order`; `cut` drops one edge of the token list first.
+    fn tokens(order: ReplayOrder, cut: Option<(usize, usize)>) -> Vec<u8> {
+        let options = EmulatedOptions { replay_order: order, ..EmulatedOptions::default() };
+        let device: Arc<dyn Device> = Arc::new(EmulatedDevice::new(options).unwrap());
+        let engine = Engine::load(&ModelSource::Demo, device.clone(), EngineOptions::default()).unwrap();
+        let mut request = engine.request("a red circle on a blue background").unwrap();
+        (request.width, request.height, request.seed) = (32, 16, 3);
+        request.sampler.steps = 2;
+        let spec = engine.prepare(&request).unwrap().spec;
+        let mut run = Run::new(engine.model.clone(), &device, Selection::default(), spec).unwrap();
+        let prefill = run.record_prefill(true).unwrap();
+        let mut token = run.record_token(false).unwrap();
+        if let Some((from, to)) = cut {
+            token.remove_edge(from, to).unwrap();
+        }
+        let last = run.record_token(true).unwrap();
+        for list in [prefill, token, last] {
+            let executable = run.stream().instantiate(Arc::new(list)).unwrap();
+            run.stream().replay(executable.as_ref()).unwrap();
+        }
+        let span = run.buffers().tokens;
+        let mut bytes = vec![0; span.bytes];
+        run.stream().download(span.ptr, &mut bytes).unwrap();
+        bytes
+    }
+
+    #[test]
+    fn every_legal_order_gives_the_same_bytes_and_a_deleted_edge_is_caught() {
+        let expected = tokens(ReplayOrder::Recorded, None);
+        for seed in 0..6 {
+            assert!(tokens(ReplayOrder::Legal(seed), None) == expected, "order {seed}");
+        }
+        // Node 1 embeds the condition that node 0 makes.
+        let caught = (0..12).any(|seed| tokens(ReplayOrder::Legal(seed), Some((0, 1))) != expected);
+        assert!(caught, "no order showed the missing edge");
+    }
+}
