@@ -195,7 +195,7 @@ fn recorded_draws(case: &CaseFile, tokens: usize, images: usize, per_token: usiz
         return Err(case.invalid(format!("draw.noise has shape {:?}", noise.shape)));
     };
     let recorded_steps = steps.as_ref().map_or(0, |s| s.shape[1]);
-    if t != tokens || images % rows != 0 || recorded_steps + 1 < per_token {
+    if t != tokens || !images.is_multiple_of(rows) || recorded_steps + 1 < per_token {
         return Err(
             case.invalid(format!("draws {:?}, {recorded_steps} steps for {tokens} tokens", noise.shape))
         );

@@ -215,7 +215,7 @@ impl Generate {
             use_norm: self.use_norm,
             rescale: self.rescale,
         };
-        let defaults = self.preset.map_or_else(|| engine.defaults().clone(), Preset::defaults);
+        let defaults = self.preset.map_or_else(|| *engine.defaults(), Preset::defaults);
         Ok(fields.resolve(&defaults)?)
     }
 

@@ -217,8 +217,8 @@ fn archives_with_changed_directories() {
     assert!(Archive::of_bytes(&good).open().is_ok());
 
     let central = |name: &str| {
-        let at = good.windows(4).enumerate().filter(|(_, w)| w == b"PK\x01\x02").map(|(at, _)| at);
-        at.filter(|&at| good[at + 46..].starts_with(name.as_bytes())).next_back().unwrap()
+        let mut at = good.windows(4).enumerate().filter(|(_, w)| w == b"PK\x01\x02").map(|(at, _)| at);
+        at.rfind(|&at| good[at + 46..].starts_with(name.as_bytes())).unwrap()
     };
     let record = central("archive/data/0");
     // Marked as deflated; encrypted; larger than the file; two records of one name.
