@@ -142,7 +142,8 @@ fn batch(
             target,
             branches,
         };
-        for (row, rows) in build_rows(tokenizer, generation, &prompt, POSITIONS)?.into_iter().zip(&mut by_branch)
+        for (row, rows) in
+            build_rows(tokenizer, generation, &prompt, POSITIONS)?.into_iter().zip(&mut by_branch)
         {
             rows.extend(std::iter::repeat_n(row, repeat));
         }
