@@ -78,7 +78,8 @@ impl Rigged {
 
     fn open(dir: &Path, dtype: DType, options: EmulatedOptions) -> Rigged {
         let config = VaeConfig::load(dir).unwrap();
-        let weights = VaeWeights::new(Checkpoint::open(dir, OpenOptions::default()).unwrap(), &config).unwrap();
+        let weights =
+            VaeWeights::new(Checkpoint::open(dir, OpenOptions::default()).unwrap(), &config).unwrap();
         Rigged::new(config, &weights, dtype, options)
     }
 
@@ -196,7 +197,12 @@ impl Golden {
 /// Largest and mean absolute difference; NaN counts as infinite.
 fn difference(got: &[f32], expected: &[f32]) -> (f32, f32) {
     assert_eq!(got.len(), expected.len());
-    let errors = || got.iter().zip(expected).map(|(g, e)| (g - e).abs()).map(|d| if d.is_nan() { f32::INFINITY } else { d });
+    let errors = || {
+        got.iter()
+            .zip(expected)
+            .map(|(g, e)| (g - e).abs())
+            .map(|d| if d.is_nan() { f32::INFINITY } else { d })
+    };
     (errors().fold(0.0, f32::max), errors().sum::<f32>() / got.len() as f32)
 }
 
@@ -373,8 +379,14 @@ fn reference<P: Precision>(
     Ok(P::widen_all(&image.values))
 }
 
-fn check_against_reference(config: VaeConfig, weights: &VaeWeights, dtype: DType, size: (usize, usize)) -> Check {
-    let mut rig = Rigged::new(config.clone(), weights, dtype, EmulatedOptions { sm_count: 132, ..Default::default() });
+fn check_against_reference(
+    config: VaeConfig,
+    weights: &VaeWeights,
+    dtype: DType,
+    size: (usize, usize),
+) -> Check {
+    let mut rig =
+        Rigged::new(config.clone(), weights, dtype, EmulatedOptions { sm_count: 132, ..Default::default() });
     let latent = Rig::new(rig.device.clone(), 5).unwrap().normal(size.0 * size.1 * config.z_channels, 1.0);
     let latent = encode(dtype, latent).1;
     let started = std::time::Instant::now();
