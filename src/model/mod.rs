@@ -1,3 +1,5 @@
 //! What the model is: its configuration, and from there its parts.
 
 pub mod config;
+pub mod upload;
+pub mod vae;

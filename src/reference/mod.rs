@@ -17,6 +17,7 @@ pub mod project;
 pub mod qkv;
 pub mod to_rgb8;
 pub mod unpatchify;
+pub mod vae;
 pub mod vae_attention;
 
 use num_traits::Float;
