@@ -13,8 +13,8 @@
 #include <vector>
 
 #include "abi.h"
-#include "clocks.hpp"
 #include "emu.hpp"
+#include "observe.hpp"
 
 #if EMU_ASAN
 #include <sanitizer/asan_interface.h>
@@ -108,10 +108,7 @@ struct Block {
 struct ClusterBarrier {
   uint32_t arrived;
   Site first;
-  Clock clock;
 };
-
-struct LaunchObservations;  // race.cpp or count.cpp: shadow memory, counters
 
 struct Launch {
   const WarpstepEmuLaunch* request;
@@ -125,7 +122,7 @@ struct Launch {
   std::atomic<bool> failed{false};
   std::mutex report_mutex;
   std::string report;  // the first failure
-  std::unique_ptr<LaunchObservations, void (*)(LaunchObservations*)> observations{nullptr, nullptr};
+  std::shared_ptr<LaunchObservations> observations;
 
   void set_report(std::string text);
 };
@@ -164,6 +161,7 @@ struct Runner {
   std::vector<Block*> spare_blocks;
   ClusterBarrier cluster;
   std::vector<char*> stacks, slabs;
+  uintptr_t slabs_start = UINTPTR_MAX, slabs_end = 0;  // bounds of all slabs
   void* main_sp = nullptr;
   void* dead_sp = nullptr;
   void* main_fake_stack = nullptr;
@@ -180,7 +178,18 @@ struct Runner {
 extern constinit thread_local Runner* runner;
 
 inline Fiber* current() { return static_cast<Fiber*>(self); }
+
+// Whether instrumented code at `p` touches no device memory but the thread's own stack, its parameters, or what
+// stands for its special registers.
+inline bool is_thread_state(const Fiber* f, const void* p, const WarpstepEmuLaunch& l) {
+  auto within = [p](const void* start, size_t bytes) {
+    return static_cast<size_t>(static_cast<const char*>(p) - static_cast<const char*>(start)) < bytes;
+  };
+  return within(f->stack, kStackBytes) || within(&self, sizeof self) || within(f, sizeof *f) ||
+         within(l.params, l.params_bytes);
+}
 const char* base_name(const char* path);
 std::string site_text(Site);
+bool on_fiber_stack(const Runner&, const void* p);
 
 }  // namespace emu

@@ -9,6 +9,8 @@ pub mod attention;
 pub mod conv2d;
 pub mod down;
 pub mod embed;
+pub mod flow_chain;
+pub mod flow_modulation;
 pub mod gate_up;
 pub mod gather_rows;
 pub mod group_stats;
@@ -19,6 +21,7 @@ pub mod out_proj;
 pub mod params;
 pub mod project;
 pub mod qkv;
+pub mod randn;
 pub mod shared;
 pub mod to_rgb8;
 pub mod unpatchify;
@@ -126,6 +129,9 @@ static OPS: &[&Op] = &[
     &gather_rows::OP,
     &out_proj::OP,
     &linear::OP,
+    &flow_modulation::OP,
+    &randn::OP,
+    &flow_chain::OP,
     &advance::OP,
     &unpatchify::OP,
     &conv2d::OP,
@@ -163,7 +169,7 @@ impl Selection {
                 .split_once('=')
                 .ok_or_else(|| Error::request("kernel", format!("{item:?} is not of the form OP=VARIANT")))?;
             let op = find(op)?;
-            let variant = op.variant(variant)?;
+            let variant = op.variant(variant).map_err(|e| Error::request("kernel", e.to_string()))?;
             if chosen.iter().any(|(o, _)| *o == op.name) {
                 return Err(Error::request("kernel", format!("op {} is chosen twice", op.name)));
             }

@@ -6,6 +6,9 @@
 
 pub mod attention;
 pub mod conv2d;
+pub mod flow_chain;
+pub mod flow_head;
+pub mod flow_modulation;
 pub mod gate_up;
 pub mod gather_rows;
 pub mod group_stats;
@@ -15,6 +18,8 @@ pub mod out_proj;
 pub mod parallel;
 pub mod project;
 pub mod qkv;
+pub mod randn;
+pub mod samplers;
 pub mod to_rgb8;
 pub mod unpatchify;
 pub mod vae;

@@ -1,0 +1,276 @@
+//! `flow_chain`: the whole sampler of one image token in one persistent launch: N evaluations of the flow head,
+//! guidance, solver steps, the token and its projection back into the transformer.
+//!
+//! Owns the op's shapes, its cooperative geometry and its shared memory. Time grids, coefficients and guidance scales
+//! are tables that `crate::sampler` computes. `state.token` lives on the device, so all tokens are declared as written.
+
+mod cases;
+
+use super::params::{FlowChainParams, GenerationState, GridBarrier, SolverStep};
+use super::shared::{self, Checks};
+use super::{Launch, Op, Variant, div_ceil};
+use crate::device::{Geometry, Node, ParamBytes, Span};
+use crate::error::Result;
+use crate::kernels;
+
+/// The registry row.
+pub static OP: Op = Op {
+    name: "flow_chain",
+    summary: "all evaluations, guidance and solver steps of one image token, and its projection",
+    bound: "bytes: 113.6 MB per evaluation at width 1536, 12 blocks, bf16; plus 26 grid barriers",
+    variants: &[Variant {
+        name: "plain",
+        kernels: kernels!("flow_chain", f32: "flow_chain_plain_f32", bf16: "flow_chain_plain_bf16"),
+        summary: "persistent grid, warp per two outputs, weights once per evaluation and 8 sequences; any shape",
+    }],
+    cases: cases::cases,
+};
+
+const THREADS: u32 = 256;
+/// Sequences that share one pass over the weights (`kRowGroup`).
+const ROW_GROUP: usize = 8;
+/// Most shared memory for the staged rows (`kStageBytes`).
+const STAGE_BYTES: usize = 128 * 1024;
+/// Shared memory of a block on Hopper, less the kernel's static arrays.
+const SHARED_BYTES: usize = 226 * 1024;
+
+/// Tensors and dimensions; shapes in `kernels/params.h` (`FlowChainParams`).
+#[derive(Clone, Copy, Debug)]
+pub struct Args {
+    /// `[steps, S, (3 blocks + 2) * width]`, S = images * branches.
+    pub modulation: Span,
+    /// `input_proj`: `[width, token_dim]`
+    pub w_in: Span,
+    /// `[width]`
+    pub b_in: Span,
+    /// `in_ln` of all blocks: `[blocks, width]`
+    pub ln_w: Span,
+    /// `[blocks, width]`
+    pub ln_b: Span,
+    /// `mlp.0` of all blocks: `[blocks, mlp_width, width]`
+    pub w0: Span,
+    /// `[blocks, mlp_width]`
+    pub b0: Span,
+    /// `mlp.2` of all blocks: `[blocks, width, mlp_width]`
+    pub w2: Span,
+    /// `[blocks, width]`
+    pub b2: Span,
+    /// `final_layer.linear`: `[token_dim, width]`
+    pub w_out: Span,
+    /// `[token_dim]`
+    pub b_out: Span,
+    /// `[steps]` [`SolverStep`]
+    pub steps_table: Span,
+    /// `[tokens_total, 2]` f32: cfg, cfg_img.
+    pub guidance: Span,
+    /// `[draw_slots, draws_per_slot, images, token_dim]` f32.
+    pub draws: Span,
+    /// `[steps, images, token_dim]` f32: replaces the state before each evaluation.
+    pub forced_x: Option<Span>,
+    /// [`GenerationState`], `token` read, `nonfinite` written.
+    pub state: Span,
+    /// [`GridBarrier`], zeroed once.
+    pub barrier: Span,
+    /// `[S, width]` f32, scratch.
+    pub h: Span,
+    /// `[S, mlp_width]` f32, scratch.
+    pub a: Span,
+    /// `[S, token_dim]` f32, scratch.
+    pub v_raw: Span,
+    /// `[steps, S, token_dim]` f32, written.
+    pub trace_v_raw: Option<Span>,
+    /// `[steps, images, token_dim]` f32, written: after guidance.
+    pub trace_v: Option<Span>,
+    /// `[steps, images, token_dim]` f32, written: the state after each step.
+    pub trace_x: Option<Span>,
+    /// `[images, token_dim]` f32, written: the token before `use_norm`.
+    pub sampled: Option<Span>,
+    /// `[images, tokens_total, token_dim]`, the token's row written.
+    pub tokens: Span,
+    /// `image_in_projector`: `[hidden, token_dim]`
+    pub w_next: Span,
+    /// `[hidden]`
+    pub b_next: Span,
+    /// `[S, hidden]` f32, written.
+    pub x_next: Span,
+    /// Network evaluations N.
+    pub steps: usize,
+    /// Images B.
+    pub images: usize,
+    /// Guidance branches R: 1, 2 or 3.
+    pub branches: usize,
+    /// Width F of the head.
+    pub width: usize,
+    /// MLP width H.
+    pub mlp_width: usize,
+    /// Residual blocks L.
+    pub blocks: usize,
+    /// Values per token K.
+    pub token_dim: usize,
+    /// `hidden_size` D of the transformer.
+    pub hidden: usize,
+    /// Image tokens T.
+    pub tokens_total: usize,
+    /// Draws stored per token: the initial one and one for every step whose noise factor is not zero. A step that
+    /// needs a draw beyond them makes the token NaN.
+    pub draws_per_slot: usize,
+    /// `tokens_total` when all draws are there, 1 when `randn` refills one slot.
+    pub draw_slots: usize,
+    /// LayerNorm over the token.
+    pub use_norm: bool,
+    /// Norm rescale after guidance.
+    pub rescale: bool,
+}
+
+/// The node that computes `args`. It is never a dependent launch: all its blocks must be resident together.
+pub fn node(launch: &Launch, label: &str, args: &Args) -> Result<Node> {
+    let a = args;
+    let variant = launch.selection.variant(&OP, "plain")?;
+    let checks = Checks::new(OP.name, variant.name);
+    if !(1..=3).contains(&a.branches) {
+        return Err(checks.refuse(format!("{} guidance branches, must be 1 to 3", a.branches)));
+    }
+    if a.draw_slots != 1 && a.draw_slots != a.tokens_total {
+        let reason =
+            format!("{} draw slots for {} tokens, must be 1 or as many", a.draw_slots, a.tokens_total);
+        return Err(checks.refuse(reason));
+    }
+    let sequences = checks.product("images x branches", &[a.images, a.branches])?;
+    let outputs =
+        checks.product("(3 blocks + 2) x width", &[a.blocks.saturating_mul(3).saturating_add(2), a.width])?;
+    let e = launch.dtype.bytes();
+    let (f, h, k) = (a.width, a.mlp_width, a.token_dim);
+    let per_step = [a.steps, a.images, k];
+
+    let modulation = checks.span("modulation", a.modulation, e, &[a.steps, sequences, outputs])?;
+    let w_in = checks.span("w_in", a.w_in, e, &[f, k])?;
+    let b_in = checks.span("b_in", a.b_in, e, &[f])?;
+    let ln_w = checks.span("ln_w", a.ln_w, e, &[a.blocks, f])?;
+    let ln_b = checks.span("ln_b", a.ln_b, e, &[a.blocks, f])?;
+    let w0 = checks.span("w0", a.w0, e, &[a.blocks, h, f])?;
+    let b0 = checks.span("b0", a.b0, e, &[a.blocks, h])?;
+    let w2 = checks.span("w2", a.w2, e, &[a.blocks, f, h])?;
+    let b2 = checks.span("b2", a.b2, e, &[a.blocks, f])?;
+    let w_out = checks.span("w_out", a.w_out, e, &[k, f])?;
+    let b_out = checks.span("b_out", a.b_out, e, &[k])?;
+    let steps_table =
+        checks.span("steps_table", a.steps_table, 4, &[a.steps, size_of::<SolverStep>() / 4])?;
+    let guidance = checks.span("guidance", a.guidance, 4, &[a.tokens_total, 2])?;
+    let draws = checks.span("draws", a.draws, 4, &[a.draw_slots, a.draws_per_slot, a.images, k])?;
+    let forced_x = checks.optional("forced_x", a.forced_x, 4, &per_step)?;
+    let state = checks.span("state", a.state, 4, &[size_of::<GenerationState>() / 4])?;
+    let barrier = checks.span("barrier", a.barrier, 4, &[size_of::<GridBarrier>() / 4])?;
+    let h_rows = checks.span("h", a.h, 4, &[sequences, f])?;
+    let a_rows = checks.span("a", a.a, 4, &[sequences, h])?;
+    let v_raw = checks.span("v_raw", a.v_raw, 4, &[sequences, k])?;
+    let trace_v_raw = checks.optional("trace_v_raw", a.trace_v_raw, 4, &[a.steps, sequences, k])?;
+    let trace_v = checks.optional("trace_v", a.trace_v, 4, &per_step)?;
+    let trace_x = checks.optional("trace_x", a.trace_x, 4, &per_step)?;
+    let sampled = checks.optional("sampled", a.sampled, 4, &[a.images, k])?;
+    let tokens = checks.span("tokens", a.tokens, e, &[a.images, a.tokens_total, k])?;
+    let w_next = checks.span("w_next", a.w_next, e, &[a.hidden, k])?;
+    let b_next = checks.span("b_next", a.b_next, e, &[a.hidden])?;
+    let x_next = checks.span("x_next", a.x_next, 4, &[sequences, a.hidden])?;
+
+    let params = FlowChainParams {
+        mod_: modulation.ptr.0,
+        w_in: w_in.ptr.0,
+        b_in: b_in.ptr.0,
+        ln_w: ln_w.ptr.0,
+        ln_b: ln_b.ptr.0,
+        w0: w0.ptr.0,
+        b0: b0.ptr.0,
+        w2: w2.ptr.0,
+        b2: b2.ptr.0,
+        w_out: w_out.ptr.0,
+        b_out: b_out.ptr.0,
+        steps_table: steps_table.ptr.0,
+        guidance: guidance.ptr.0,
+        draws: draws.ptr.0,
+        forced_x: shared::address(forced_x),
+        state: state.ptr.0,
+        barrier: barrier.ptr.0,
+        h: h_rows.ptr.0,
+        a: a_rows.ptr.0,
+        v_raw: v_raw.ptr.0,
+        trace_v_raw: shared::address(trace_v_raw),
+        trace_v: shared::address(trace_v),
+        trace_x: shared::address(trace_x),
+        sampled: shared::address(sampled),
+        tokens: tokens.ptr.0,
+        w_next: w_next.ptr.0,
+        b_next: b_next.ptr.0,
+        x_next: x_next.ptr.0,
+        steps: checks.dim("steps", a.steps)?,
+        images: checks.dim("images", a.images)?,
+        branches: checks.dim("branches", a.branches)?,
+        width: checks.dim("width", f)?,
+        mlp_width: checks.dim("mlp_width", h)?,
+        blocks: checks.dim("blocks", a.blocks)?,
+        token_dim: checks.dim("token_dim", k)?,
+        hidden: checks.dim("hidden", a.hidden)?,
+        tokens_total: checks.dim("tokens_total", a.tokens_total)?,
+        draws_per_slot: checks.dim("draws_per_slot", a.draws_per_slot)?,
+        draw_slots: checks.dim("draw_slots", a.draw_slots)?,
+        use_norm: a.use_norm.into(),
+        rescale: a.rescale.into(),
+        pad: 0,
+    };
+    // The scratch rows are written before they are read, so they are no inputs.
+    let mut reads = vec![
+        modulation,
+        w_in,
+        b_in,
+        ln_w,
+        ln_b,
+        w0,
+        b0,
+        w2,
+        b2,
+        w_out,
+        b_out,
+        steps_table,
+        guidance,
+        draws,
+        state,
+        barrier,
+        w_next,
+        b_next,
+        h_rows,
+        a_rows,
+        v_raw,
+    ];
+    reads.extend(forced_x);
+    let mut writes = vec![state, barrier, h_rows, a_rows, v_raw, tokens, x_next];
+    writes.extend([trace_v_raw, trace_v, trace_x, sampled].into_iter().flatten());
+    Ok(Node {
+        label: label.into(),
+        kernel: variant.kernel(OP.name, launch.dtype)?,
+        geometry: geometry(launch, &checks, a, sequences)?,
+        params: ParamBytes::of(&params),
+        reads,
+        writes,
+    })
+}
+
+/// One block per SM at most, and no more than the widest product has pairs of outputs.
+fn geometry(launch: &Launch, checks: &Checks, a: &Args, sequences: usize) -> Result<Geometry> {
+    let state_bytes = checks.product("images x token_dim", &[a.images, a.token_dim])?.next_multiple_of(8) * 4;
+    let widest = a.width.max(a.mlp_width).max(a.token_dim);
+    let rows = sequences.min(ROW_GROUP);
+    let stage_bytes = widest.next_multiple_of(8).saturating_mul(rows * 4).min(STAGE_BYTES);
+    let shared_bytes = state_bytes.saturating_add(stage_bytes);
+    if shared_bytes > SHARED_BYTES {
+        return Err(checks.refuse(format!(
+            "{} images of {} values take {shared_bytes} bytes of shared memory, {SHARED_BYTES} are there; make fewer \
+             images at once",
+            a.images, a.token_dim
+        )));
+    }
+    let pairs = a.width.max(a.mlp_width).max(a.hidden).div_ceil(2);
+    let blocks = div_ceil(pairs, 1).min(launch.sm_count.max(1));
+    let mut geometry =
+        Geometry::linear(blocks, THREADS).with_shared(u32::try_from(shared_bytes).unwrap_or(u32::MAX));
+    geometry.cooperative = true;
+    Ok(geometry)
+}
