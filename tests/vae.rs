@@ -1,4 +1,4 @@
-//! The VAE decoder against the recorded runs of the official code, and its ops against their references.
+//! The VAE decoder against the recorded runs of the official code and against its reference.
 //!
 //! `vae_psz2` is part of the repository; the other recorded cases are checked where the fixtures' folder lies
 //! beside the checkout.
@@ -6,7 +6,7 @@
 use safetensors::SafeTensors;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
-use warpstep::device::emulated::{EmulatedDevice, EmulatedOptions, Order, ReplayOrder, build_kind};
+use warpstep::device::emulated::{EmulatedDevice, EmulatedOptions, ReplayOrder};
 use warpstep::device::{Device, NodeList, Stream};
 use warpstep::model::config::VaeConfig;
 use warpstep::model::upload::Uploader;
@@ -18,42 +18,25 @@ use warpstep::reference::{Exact, PlainBf16, PlainF32, Precision};
 use warpstep::weights::{Checkpoint, OpenOptions, VaeWeights, convert, vae_tensors};
 use warpstep::{Result, device::Buffer};
 
-const OPS: [&str; 5] = ["unpatchify", "conv2d", "group_stats", "vae_attention", "to_rgb8"];
-
-fn run_ops(names: &[&str], scales: &[Scale], options: EmulatedOptions) {
-    for name in names {
+/// Shapes of the shipped model, which `tests/ops.rs` leaves out.
+#[test]
+#[ignore = "a minute: shipped widths"]
+fn ops_agree_at_shipped_shapes() {
+    let mut ran = 0;
+    for name in ["conv2d", "group_stats", "vae_attention"] {
         let op = ops::find(name).unwrap();
-        let cases: Vec<_> = (op.cases)().into_iter().filter(|c| scales.contains(&c.scale)).collect();
-        assert!(!cases.is_empty(), "{name} has no cases");
-        for case in cases {
-            let device = EmulatedDevice::new(options.clone()).unwrap();
+        for case in (op.cases)().into_iter().filter(|c| c.scale == Scale::Real) {
+            let device =
+                EmulatedDevice::new(EmulatedOptions { sm_count: 132, ..Default::default() }).unwrap();
             let mut rig = Rig::new(Arc::new(device), 7).unwrap();
             let what = format!("{name} {} {} {}", case.variant, case.dtype.name(), case.label);
             let checks = (case.run)(&mut rig).unwrap_or_else(|e| panic!("{what}: {e}"));
             rig.check_guards().unwrap_or_else(|e| panic!("{what}: {e}"));
             assert!(!checks.is_empty() && checks.iter().all(|c| c.ok), "{what}: {checks:?}");
+            ran += 1;
         }
     }
-}
-
-#[test]
-fn ops_agree_with_their_references() {
-    // The instrumented builds are hundreds of times slower.
-    let scales = if build_kind() == "opt" { &[Scale::Small, Scale::Medium][..] } else { &[Scale::Small] };
-    run_ops(&OPS, scales, EmulatedOptions::default());
-}
-
-#[test]
-fn ops_agree_in_any_order_of_threads() {
-    for (seed, order) in [(1, Order::Reverse), (2, Order::Random)] {
-        run_ops(&OPS, &[Scale::Small], EmulatedOptions { order, seed, ..Default::default() });
-    }
-}
-
-#[test]
-#[ignore = "a minute: shipped widths"]
-fn ops_agree_at_shipped_shapes() {
-    run_ops(&OPS, &[Scale::Real], EmulatedOptions { sm_count: 132, ..Default::default() });
+    assert!(ran >= 16, "{ran} cases");
 }
 
 /// A decoder on an emulated device, and everything that it needs to stay alive.
@@ -206,12 +189,17 @@ fn difference(got: &[f32], expected: &[f32]) -> (f32, f32) {
     (errors().fold(0.0, f32::max), errors().sum::<f32>() / got.len() as f32)
 }
 
-/// The bounds of the fixtures' README.
+/// The bounds of the fixtures' README, which are for values of size about one: the bf16 one grows with the values of
+/// activations inside the decoder, which are larger.
 fn assert_close(what: &str, dtype: DType, got: &[f32], expected: &[f32]) {
     let (max, mean) = difference(got, expected);
+    let size = expected.iter().map(|v| v.abs()).sum::<f32>() / expected.len() as f32;
     match dtype {
         DType::F32 => assert!(max <= 5e-5, "{what}: largest error {max:e}, allowed 5e-5"),
-        DType::Bf16 => assert!(mean < 0.02, "{what}: mean error {mean:e}, allowed 0.02"),
+        DType::Bf16 => {
+            let allowed = 0.02 * size.max(1.0);
+            assert!(mean < allowed, "{what}: mean error {mean:e}, allowed {allowed:e}")
+        }
     }
 }
 
