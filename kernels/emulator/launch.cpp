@@ -220,13 +220,14 @@ void Runner::run(Launch& l) {
 
 extern "C" {
 
+// Of several kernels of one name the one that was entered first, which is that of a preloaded library: so
+// tools/mutate.py puts a changed kernel in the place of the one in the program.
 const void* warpstep_emu_find(const char* symbol, WarpstepEmuKernelInfo* info) {
+  const emu::Kernel* found = nullptr;
   for (const emu::Kernel* k = emu::first_kernel; k; k = k->next)
-    if (!strcmp(k->symbol, symbol)) {
-      *info = {k->params_bytes, k->max_threads};
-      return k;
-    }
-  return nullptr;
+    if (!strcmp(k->symbol, symbol)) found = k;
+  if (found) *info = {found->params_bytes, found->max_threads};
+  return found;
 }
 
 // 0, or 1 with a report in `report`, which is always terminated.

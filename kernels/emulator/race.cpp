@@ -224,10 +224,13 @@ bool allocated(uintptr_t from, size_t bytes) {
 
 void observe_global(Fiber* f, uintptr_t from, size_t bytes, Access access, uint64_t origin) {
   const char* start = reinterpret_cast<const char*>(from);
+  Dl_info object;
   if (start >= &__executable_start && start < &_end) return;
-  if (!allocated(from, bytes))
+  if (!allocated(from, bytes)) {
+    if (dladdr(start, &object)) return;  // the same, of a shared library
     fail({}, "global-memory %s out of bounds: %zu bytes at %p, at %s", access_text(access), bytes, start,
          origin_text(origin).c_str());
+  }
   if (runner->launch->geometry->dependent) check_dependence(f, from, bytes, access, origin);
   for_cells(from, bytes, [&](uintptr_t index, uint8_t mask) {
     GlobalCell& cell = seen().page(index * 8).cells[index % (kPageBytes / 8)];

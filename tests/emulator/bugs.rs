@@ -86,6 +86,7 @@ const BUGS: &[Bug] = &[
     bug("bug_static_shared_overrun",        Launch::Plain,       Silent, OVERFLOW, Report("out of bounds")),
     bug("bug_dynamic_shared_overrun",       Launch::Dynamic,     Silent, OVERFLOW, Report("out of bounds")),
     bug("bug_global_overrun",               Launch::Tight,       Skip,   OVERFLOW, Report("out of bounds")),
+    bug("bug_bulk_overrun",                 Launch::Plain,       Silent, OVERFLOW, Report("out of bounds")),
     bug("bug_local_overrun",                Launch::Plain,       Skip,   OVERFLOW, Skip),
     bug("bug_shared_uninitialised",         Launch::Plain,       Silent, Silent,   UNWRITTEN),
     bug("bug_shuffle_as_fence",             Launch::Plain,       Silent, Silent,   SHARED_RACE).meaning(|input, i| input[i ^ 1]),

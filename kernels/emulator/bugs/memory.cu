@@ -189,3 +189,16 @@ KERNEL(bug_undeclared, BugParams, 256, 1) {
   ptr<float>(p.out)[t] = ptr<const float>(p.in)[t];
   if (t == 0) ptr<float>(p.out)[p.n] = ptr<const float>(p.in)[p.n];
 }
+
+// A bulk copy that rounds its size up to a multiple of 16 and so reads past the 257 floats of in.
+KERNEL(bug_bulk_overrun, BugParams, 256, 1) {
+  SMEM(float, s, 260);
+  SMEM(uint64_t, bar, 1);
+  start_copies(bar, 1);
+  if (tid_x() == 0) {
+    mbar_arrive_tx(bar, 1040);
+    bulk_g2s(s, ptr<const float>(p.in), 1040, bar);
+  }
+  mbar_wait(bar, 0);
+  ptr<float>(p.out)[tid_x()] = s[tid_x()];
+}
