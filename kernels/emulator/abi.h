@@ -23,7 +23,8 @@ typedef struct {
 } WarpstepEmuSpan;
 
 /* A piece of device memory with one name and one set of declarations; pieces are disjoint and sorted.
- * The counters are outputs of the count build. */
+ * race: whole allocations, to find accesses outside them. count: every name and declaration by itself, and the
+ * counters are outputs. */
 typedef struct {
   uint64_t start, end;
   uint32_t may_read, may_write; /* 0 or 1: the node declares it */
@@ -40,7 +41,7 @@ typedef struct {
   /* sorted, disjoint: what other nodes of the list write; not to be touched before griddep_wait */
   const WarpstepEmuSpan* foreign;
   uint64_t foreign_count;
-  WarpstepEmuPiece* pieces; /* count build; may be null */
+  WarpstepEmuPiece* pieces; /* race and count */
   uint64_t piece_count;
 } WarpstepEmuLaunch;
 

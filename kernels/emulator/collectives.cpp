@@ -134,7 +134,6 @@ void cluster_sync(Site site) {
          site_text(bar.first).c_str());
   if (runner->live < expected) fail(site, "cluster barrier after threads of the cluster have exited");
   bar.arrived++;
-  clock_release(f, bar.clock);
   f->what = "cluster_sync", f->site = site;
   if (bar.arrived < expected) {
     f->state = State::kClusterBarrier;
@@ -142,21 +141,17 @@ void cluster_sync(Site site) {
     return;
   }
   bar.arrived = 0;
+  clock_join_cluster();
   for (Block* b : runner->blocks)
-    for (uint32_t t = 0; t < b->threads; t++) {
-      Fiber& other = b->fibers[t];
-      clock_acquire(&other, bar.clock);
-      if (&other != f) runner->make_ready(&other);
-    }
-  clock_reset(bar.clock);
+    for (uint32_t t = 0; t < b->threads; t++)
+      if (&b->fibers[t] != f) runner->make_ready(&b->fibers[t]);
 }
 
-void griddep_wait(Site site) {
+void griddep_wait(Site) {
   Fiber* f = current();
   if (!runner->launch->geometry->dependent) return;  // as in PTX: nothing to wait for
   f->block->dependence_waited = true;
   clock_dependence_waited(f);
-  (void)site;
 }
 
 }  // namespace emu

@@ -4,6 +4,8 @@
 #include <stdlib.h>
 #include <sys/mman.h>
 
+#include <algorithm>
+
 #include "runtime.hpp"
 
 // Saves the callee-saved registers and the stack pointer, and takes up another stack. A new stack "returns" into
@@ -66,6 +68,8 @@ char* Runner::take_stack() {
     }
     mprotect(slab, kGuardBytes, PROT_NONE);
     slabs.push_back(static_cast<char*>(slab));
+    slabs_start = std::min(slabs_start, reinterpret_cast<uintptr_t>(slab));
+    slabs_end = std::max(slabs_end, reinterpret_cast<uintptr_t>(slab) + kSlabBytes);
     for (size_t i = kStacksPerSlab; i-- > 0;) {
       char* stack = static_cast<char*>(slab) + kGuardBytes + i * kStackBytes;
       memcpy(stack, &kCanary, sizeof kCanary);
@@ -126,6 +130,8 @@ Runner::~Runner() {
 }
 
 bool on_fiber_stack(const Runner& r, const void* p) {
+  const uintptr_t address = reinterpret_cast<uintptr_t>(p);
+  if (address < r.slabs_start || address >= r.slabs_end) return false;
   for (const char* slab : r.slabs)
     if (static_cast<size_t>(static_cast<const char*>(p) - slab) < kSlabBytes) return true;
   return false;

@@ -207,7 +207,6 @@ void Runner::run(Launch& l) {
     polling = 0;
     next_block = 0;
     cluster.arrived = 0;
-    clock_reset(cluster.clock);
     for (uint32_t rank = 0; rank < l.group_blocks; rank++) blocks.push_back(take_block(member(l, group, rank)));
     run_group();
     release_blocks();

@@ -13,8 +13,8 @@
 #include <vector>
 
 #include "abi.h"
-#include "clocks.hpp"
 #include "emu.hpp"
+#include "observe.hpp"
 
 #if EMU_ASAN
 #include <sanitizer/asan_interface.h>
@@ -108,10 +108,7 @@ struct Block {
 struct ClusterBarrier {
   uint32_t arrived;
   Site first;
-  Clock clock;
 };
-
-struct LaunchObservations;  // race.cpp or count.cpp: shadow memory, counters
 
 struct Launch {
   const WarpstepEmuLaunch* request;
@@ -125,7 +122,7 @@ struct Launch {
   std::atomic<bool> failed{false};
   std::mutex report_mutex;
   std::string report;  // the first failure
-  std::unique_ptr<LaunchObservations, void (*)(LaunchObservations*)> observations{nullptr, nullptr};
+  std::shared_ptr<LaunchObservations> observations;
 
   void set_report(std::string text);
 };
@@ -164,6 +161,7 @@ struct Runner {
   std::vector<Block*> spare_blocks;
   ClusterBarrier cluster;
   std::vector<char*> stacks, slabs;
+  uintptr_t slabs_start = UINTPTR_MAX, slabs_end = 0;  // bounds of all slabs
   void* main_sp = nullptr;
   void* dead_sp = nullptr;
   void* main_fake_stack = nullptr;
@@ -182,5 +180,6 @@ extern constinit thread_local Runner* runner;
 inline Fiber* current() { return static_cast<Fiber*>(self); }
 const char* base_name(const char* path);
 std::string site_text(Site);
+bool on_fiber_stack(const Runner&, const void* p);
 
 }  // namespace emu

@@ -16,7 +16,7 @@ char* carve(Block* b, size_t bytes, size_t align) {
   __asan_unpoison_memory_region(p, bytes);
 #endif
   if (runner->launch->options->poison) memset(p, 0xff, bytes);
-  clock_shared_created(b, offset, bytes);
+  observe_shared_array(b, offset, bytes);
   return p;
 }
 

@@ -1,23 +1,16 @@
 // Kernels that use every primitive as it should be used; tests/emulator.rs computes what they must give.
+#include "bugs.h"
 #include "dev.cuh"
 
-typedef struct {
-  uint64_t in;       // see each kernel
-  uint64_t out;      // likewise
-  uint64_t counters; // [64] uint32, zero
-  uint64_t barrier;  // GridBarrier
-  uint32_t n, pad;
-} PrimitiveParams;
-
 // out[t] = in[t] + 1; a thread that never waits
-KERNEL(emu_add_one, PrimitiveParams, 1024, 1) {
+KERNEL(emu_add_one, BugParams, 1024, 1) {
   const uint32_t i = bid_x() * ntid_x() + tid_x();
   if (i < p.n) ptr<float>(p.out)[i] = ptr<const float>(p.in)[i] + 1.0f;
 }
 
 // One warp. Rows of 32: xor 5, down 3, up 3, from lane 7, ballot of odd values, sums and maxima over 32 and 8 lanes,
 // and a sum over the even lanes by masked shuffles.
-KERNEL(emu_exchange, PrimitiveParams, 32, 1) {
+KERNEL(emu_exchange, BugParams, 32, 1) {
   const uint32_t t = tid_x();
   float* out = ptr<float>(p.out);
   const float v = ptr<const float>(p.in)[t];
@@ -35,7 +28,7 @@ KERNEL(emu_exchange, PrimitiveParams, 32, 1) {
 }
 
 // n blocks of 96 threads. out[b] = sum, out[n + b] = maximum of in[b, 96].
-KERNEL(emu_block_reduce, PrimitiveParams, 96, 1) {
+KERNEL(emu_block_reduce, BugParams, 96, 1) {
   SMEM(float, scratch, 3);
   const float v = ptr<const float>(p.in)[bid_x() * 96 + tid_x()];
   const float sum = block_sum(v, scratch), max = block_max(v, scratch);
@@ -44,7 +37,7 @@ KERNEL(emu_block_reduce, PrimitiveParams, 96, 1) {
 
 // One warp: out[16, 8] float = in[16, 16] bf16 x in2[8, 16]^T bf16, which follows in memory. The second operand is
 // read twice, plainly and through .trans from a transposed copy, and must come out the same; out[128] counts differences.
-KERNEL(emu_mma, PrimitiveParams, 32, 1) {
+KERNEL(emu_mma, BugParams, 32, 1) {
   SMEM(bf16, a_tile, 16 * 16);
   SMEM(bf16, b_tile, 16 * 16);
   SMEM(bf16, b_transposed, 16 * 16);
@@ -73,7 +66,7 @@ KERNEL(emu_mma, PrimitiveParams, 32, 1) {
 
 // n tiles of 64 floats through a double buffer of cp.async, 16 threads' worth each; the last tile has only 20 floats
 // and must come out padded with zeros. out = the tiles reversed within themselves.
-KERNEL(emu_cp_async, PrimitiveParams, 64, 1) {
+KERNEL(emu_cp_async, BugParams, 64, 1) {
   SMEM(float, tile, 2 * 64);
   const uint32_t t = tid_x(), tiles = p.n;
   const float* in = ptr<const float>(p.in);
@@ -97,7 +90,7 @@ KERNEL(emu_cp_async, PrimitiveParams, 64, 1) {
 
 // n tiles of 128 floats from a producer warp to two consumer warps through a ring of three, bulk copies completing on
 // mbarriers. out[tile, 2] = the sum of each half.
-KERNEL(emu_bulk_ring, PrimitiveParams, 96, 1) {
+KERNEL(emu_bulk_ring, BugParams, 96, 1) {
   constexpr uint32_t kStages = 3, kTile = 128;
   SMEM_DYN(float, ring);
   SMEM(uint64_t, full, kStages);
@@ -130,7 +123,7 @@ KERNEL(emu_bulk_ring, PrimitiveParams, 96, 1) {
 
 // Cooperative. Three rounds: every block writes its value, then reads its right neighbour's and adds one.
 // out[2, blocks]: the buffers in turn.
-KERNEL(emu_grid_rounds, PrimitiveParams, 64, 1) {
+KERNEL(emu_grid_rounds, BugParams, 64, 1) {
   float* out = ptr<float>(p.out);
   const uint32_t blocks = nbid_x(), b = bid_x();
   if (tid_x() == 0) out[b] = ptr<const float>(p.in)[b];
@@ -142,7 +135,7 @@ KERNEL(emu_grid_rounds, PrimitiveParams, 64, 1) {
 }
 
 // Named barriers: warp 0 produces, warps 1 and 2 consume, twice. out[2, 64] = in[2, 32] doubled, to both.
-KERNEL(emu_named_barriers, PrimitiveParams, 96, 1) {
+KERNEL(emu_named_barriers, BugParams, 96, 1) {
   SMEM(float, slot, 32);
   for (uint32_t i = 0; i < 2; i++) {
     if (warp_id() == 0) {
@@ -158,7 +151,7 @@ KERNEL(emu_named_barriers, PrimitiveParams, 96, 1) {
 }
 
 // The last of n blocks to arrive sums what all have left. out[0] = the sum, out[1 + b] = the parts.
-KERNEL(emu_last_block, PrimitiveParams, 32, 1) {
+KERNEL(emu_last_block, BugParams, 32, 1) {
   SMEM(uint32_t, last, 1);
   float* out = ptr<float>(p.out);
   const float sum = warp_sum(ptr<const float>(p.in)[bid_x() * 32 + tid_x()]);
@@ -175,7 +168,7 @@ KERNEL(emu_last_block, PrimitiveParams, 32, 1) {
 }
 
 // Two blocks, cooperative, passing a token back and forth n times in a word that carries value and epoch together.
-KERNEL(emu_ping_pong, PrimitiveParams, 32, 1) {
+KERNEL(emu_ping_pong, BugParams, 32, 1) {
   uint64_t* words = ptr<uint64_t>(p.counters);
   if (tid_x() != 0) return;
   uint64_t value = 0;
@@ -191,7 +184,7 @@ KERNEL(emu_ping_pong, PrimitiveParams, 32, 1) {
 }
 
 // Flag passing by release and acquire, maxima, float sums. out[0] = in[0] seen by block 1, out[1] = sum over threads.
-KERNEL(emu_flags, PrimitiveParams, 32, 1) {
+KERNEL(emu_flags, BugParams, 32, 1) {
   uint32_t* counters = ptr<uint32_t>(p.counters);
   float* out = ptr<float>(p.out);
   if (bid_x() == 0) {
@@ -210,7 +203,7 @@ KERNEL(emu_flags, PrimitiveParams, 32, 1) {
 }
 
 // Clusters of four blocks: each block's first thread sums what the others hold. out[b] = sum of in over its cluster.
-KERNEL(emu_cluster_sum, PrimitiveParams, 64, 1) {
+KERNEL(emu_cluster_sum, BugParams, 64, 1) {
   SMEM(float, first, 1);  // only block 0 of the cluster touches this one before the second
   SMEM_DYN(float, mine);
   if (cluster_rank() == 0) first[0] = 0.5f;
@@ -227,7 +220,7 @@ KERNEL(emu_cluster_sum, PrimitiveParams, 64, 1) {
 
 // Element types: out[i] = in[i] rounded to bf16, 8 at a time, through load and store of vectors and shared memory.
 template <class E>
-DEV void copy_vectors(const PrimitiveParams& p) {
+DEV void copy_vectors(const BugParams& p) {
   SMEM(E, tile, 32 * kVec<E>);
   const uint32_t i = tid_x() * kVec<E>;
   float v[kVec<E>], w[kVec<E>];
@@ -237,16 +230,16 @@ DEV void copy_vectors(const PrimitiveParams& p) {
   load_vec_plain(tile + (31 - tid_x()) * kVec<E>, w);
   store_vec(ptr<E>(p.out) + i, w);
 }
-KERNEL(emu_copy_f32, PrimitiveParams, 32, 1) { copy_vectors<float>(p); }
-KERNEL(emu_copy_bf16, PrimitiveParams, 32, 1) { copy_vectors<bf16>(p); }
+KERNEL(emu_copy_f32, BugParams, 32, 1) { copy_vectors<float>(p); }
+KERNEL(emu_copy_bf16, BugParams, 32, 1) { copy_vectors<bf16>(p); }
 
 // out[i] as bits = in[i] rounded to bf16, for i below n
-KERNEL(emu_round_bf16, PrimitiveParams, 32, 1) {
+KERNEL(emu_round_bf16, BugParams, 32, 1) {
   for (uint32_t i = tid_x(); i < p.n; i += 32) ptr<bf16>(p.out)[i] = to_bf16(ptr<const float>(p.in)[i]);
 }
 
 // As a dependent launch: copies after the wait.
-KERNEL(emu_dependent, PrimitiveParams, 32, 1) {
+KERNEL(emu_dependent, BugParams, 32, 1) {
   const float own = static_cast<float>(tid_x());
   griddep_launch();
   griddep_wait();

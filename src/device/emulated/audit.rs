@@ -100,6 +100,13 @@ impl Names {
         span.ptr.0.checked_add(span.bytes as u64).is_some_and(|end| end <= start + allocation.bytes)
     }
 
+    /// All allocations, sorted.
+    pub(super) fn allocations(&self) -> Vec<Piece> {
+        let piece =
+            |(&start, a): (&u64, &Allocation)| Piece { start, end: start + a.bytes, ..Piece::default() };
+        self.allocations.iter().map(piece).collect()
+    }
+
     /// All memory as sorted, disjoint pieces for a launch that declares `reads` and `writes`, and their names.
     pub(super) fn pieces(&self, reads: &[Span], writes: &[Span]) -> (Vec<Piece>, Vec<PieceName>) {
         let (mut pieces, mut names) = (Vec::new(), Vec::new());

@@ -39,7 +39,8 @@ impl From<Span> for RawSpan {
     }
 }
 
-/// A piece of device memory with one name and one set of declarations; the `count` build fills the counters in.
+/// A piece of device memory: an allocation for the `race` build; for `count`, which fills the counters in, what has
+/// one name and one set of declarations.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 #[repr(C)]
 pub(super) struct Piece {

@@ -65,11 +65,12 @@ impl EmulatedStream {
 
     fn run(&self, node: &Node, kernel: Kernel, foreign: &[RawSpan]) -> Result<()> {
         self.shared.check()?;
-        let counting = build_kind() == "count";
-        let (mut pieces, names) = if counting {
-            lock(&self.shared.names).pieces(&node.reads, &node.writes)
-        } else {
-            (Vec::new(), Vec::new())
+        self.check_spans(node)?;
+        let build = build_kind();
+        let (mut pieces, names) = match build {
+            "race" => (lock(&self.shared.names).allocations(), Vec::new()),
+            "count" => lock(&self.shared.names).pieces(&node.reads, &node.writes),
+            _ => (Vec::new(), Vec::new()),
         };
         let request = ffi::Launch {
             kernel,
@@ -82,7 +83,7 @@ impl EmulatedStream {
         // SAFETY: parameter structs are built by ops from live buffers; what a wrong one does is what it would do
         // on a GPU, and the instrumented builds exist to find it.
         let outcome = unsafe { ffi::launch(request) };
-        if counting {
+        if build == "count" {
             let launch = audit::summarise(&node.label, node.kernel.symbol, &pieces, &names);
             lock(&self.shared.audits).push(launch);
         }
@@ -91,6 +92,22 @@ impl EmulatedStream {
             lock(&self.shared.error).get_or_insert_with(|| reason.clone());
             Error::Launch { kernel: node.kernel.symbol.into(), reason }
         })
+    }
+
+    /// A node keeps addresses, not buffers: it may have outlived them.
+    fn check_spans(&self, node: &Node) -> Result<()> {
+        let names = lock(&self.shared.names);
+        let mut spans = node.reads.iter().chain(&node.writes);
+        match spans.find(|&&span| span.bytes > 0 && !names.holds(span)) {
+            None => Ok(()),
+            Some(span) => Err(Error::Launch {
+                kernel: node.kernel.symbol.into(),
+                reason: format!(
+                    "{}: declares {} bytes at {:#x}, which are not inside one allocation",
+                    node.label, span.bytes, span.ptr.0
+                ),
+            }),
+        }
     }
 
     /// Where `bytes` bytes of device memory lie on the host; an error unless one allocation holds them all.
