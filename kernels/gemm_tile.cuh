@@ -34,7 +34,7 @@ DEV void tile_activations(float (&f)[8], const H& h, const float* inverse_rms, u
 template <class E>
 DEV void tile_weights(float (&f)[8], const E* w, uint32_t k, uint32_t inner, bool vec) {
   if (w && vec && k < inner) {
-    load8_weights(f, w + k);
+    unpack8(f, load_weights(w + k));
   } else {
 #pragma unroll
     for (int i = 0; i < 8; i++) f[i] = w && k + i < inner ? to_f32(w[k + i]) : 0.0f;

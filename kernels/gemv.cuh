@@ -30,11 +30,23 @@ DEV void load8(float (&f)[8], const E* p) {
 #pragma unroll
   for (int i = 0; i < 8; i += kVec<E>) load_vec_plain<E>(p + i, *reinterpret_cast<float(*)[kVec<E>]>(f + i));
 }
-/* The same of weights: read once, kept out of L1. */
+/* The same of weights: read once, kept out of L1. Packed until used, so that the next octet can be in flight. */
 template <class E>
-DEV void load8_weights(float (&f)[8], const E* p) {
+struct Octet {
+  v4u part[8 / kVec<E>];
+};
+template <class E>
+DEV Octet<E> load_weights(const E* p) {
+  Octet<E> o;
 #pragma unroll
-  for (int i = 0; i < 8; i += kVec<E>) load_vec<E>(p + i, *reinterpret_cast<float(*)[kVec<E>]>(f + i));
+  for (int i = 0; i < 8 / kVec<E>; i++) o.part[i] = ld_nc_v4(p + i * kVec<E>);
+  return o;
+}
+template <class E>
+DEV void unpack8(float (&f)[8], const Octet<E>& o) {
+#pragma unroll
+  for (int i = 0; i < 8 / kVec<E>; i++)
+    unpack_vec<E>(o.part[i], *reinterpret_cast<float(*)[kVec<E>]>(f + i * kVec<E>));
 }
 template <class E>
 DEV void store8(E* p, const float (&f)[8]) {
@@ -151,10 +163,18 @@ DEV void dot_rows(float (&sums)[2 * ROWS], const E* w0, const E* w1, const E* st
                   uint32_t rows, uint32_t n, bool vec) {
   /* Rows that do not exist repeat row 0; their sums are dropped. */
   if (vec) {
-    for (uint32_t k = lane_id() * 8; k < n; k += 256) {
+    uint32_t k = lane_id() * 8;
+    if (k >= n) return;
+    Octet<E> next_a = load_weights(w0 + k), next_b = load_weights(w1 + k);
+    for (; k < n; k += 256) {
       float a[8], b[8], f[8];
-      load8_weights(a, w0 + k);
-      load8_weights(b, w1 + k);
+      unpack8(a, next_a);
+      unpack8(b, next_b);
+      /* Two steps of loads in flight: 32 KB per SM, what the memory system needs to stream. */
+      if (k + 256 < n) {
+        next_a = load_weights(w0 + k + 256);
+        next_b = load_weights(w1 + k + 256);
+      }
 #pragma unroll
       for (int r = 0; r < ROWS; r++) {
         load8(f, staged + (uint32_t(r) < rows ? r : 0) * stride + k);

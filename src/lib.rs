@@ -6,6 +6,7 @@ pub mod model;
 pub mod ops;
 pub mod prompt;
 pub mod reference;
+pub mod request;
 pub mod rng;
 pub mod sampler;
 pub mod tokenizer;

@@ -1,1 +1,3 @@
-//! to be written
+//! What the model is: its configuration, and from there its parts.
+
+pub mod config;

@@ -6,12 +6,14 @@
 
 pub mod advance;
 pub mod attention;
+pub mod conv2d;
 pub mod down;
 pub mod embed;
 pub mod flow_chain;
 pub mod flow_modulation;
 pub mod gate_up;
 pub mod gather_rows;
+pub mod group_stats;
 pub mod harness;
 pub mod linear;
 pub mod o_proj;
@@ -21,6 +23,9 @@ pub mod project;
 pub mod qkv;
 pub mod randn;
 pub mod shared;
+pub mod to_rgb8;
+pub mod unpatchify;
+pub mod vae_attention;
 
 use crate::device::KernelId;
 use crate::error::{Error, Result};
@@ -128,6 +133,11 @@ static OPS: &[&Op] = &[
     &randn::OP,
     &flow_chain::OP,
     &advance::OP,
+    &unpatchify::OP,
+    &conv2d::OP,
+    &group_stats::OP,
+    &vae_attention::OP,
+    &to_rgb8::OP,
 ];
 
 /// Every op, in the order in which one image uses them.

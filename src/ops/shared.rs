@@ -140,3 +140,225 @@ pub fn case(
 pub fn scale_for(flops: u64) -> Scale {
     if flops <= 2_000_000 { Scale::Small } else { Scale::Medium }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::super::{attention, linear, o_proj, out_proj, qkv};
+    use super::*;
+    use crate::device::DevicePtr;
+
+    /// Disjoint fake buffers of 1 MiB.
+    fn span(index: u64) -> Span {
+        Span { ptr: DevicePtr((index + 1) << 20), bytes: 1 << 20 }
+    }
+
+    fn message<T: std::fmt::Debug>(result: Result<T>) -> String {
+        result.unwrap_err().to_string()
+    }
+
+    fn with_launch<T>(dtype: DType, f: impl FnOnce(&Launch) -> T) -> T {
+        let selection = Selection::default();
+        f(&Launch { selection: &selection, dtype, sm_count: 132, dependent: true })
+    }
+
+    fn qkv_args() -> qkv::Args {
+        qkv::Args {
+            x: span(0),
+            norm_w: span(1),
+            w: span(2),
+            bias: Some(span(3)),
+            rope: span(4),
+            row_seq: span(5),
+            row_pos: span(6),
+            rope_offset: span(7),
+            q: span(8),
+            k_cache: span(9),
+            v_cache: span(10),
+            rows: 2,
+            sequences: 2,
+            hidden: 96,
+            heads_q: 3,
+            heads_kv: 1,
+            head_dim: 16,
+            capacity: 20,
+            positions: 40,
+            eps: 1e-6,
+        }
+    }
+
+    fn attention_args() -> attention::Args {
+        attention::Args {
+            q: span(0),
+            k_cache: span(1),
+            v_cache: span(2),
+            row_seq: span(3),
+            row_pos: span(4),
+            out: span(5),
+            split: None,
+            rows: 2,
+            sequences: 2,
+            heads_q: 5,
+            heads_kv: 1,
+            head_dim: 64,
+            capacity: 20,
+            scale: 0.125,
+        }
+    }
+
+    #[test]
+    fn the_whole_cache_of_the_layer_is_declared_and_nothing_more() {
+        let node = with_launch(DType::Bf16, |l| qkv::node(l, "t", &qkv_args())).unwrap();
+        let cache = 2 * 20 * 16 * 2;
+        let bytes = |spans: &[Span]| spans.iter().map(|s| (s.ptr.0 >> 20, s.bytes)).collect::<Vec<_>>();
+        assert_eq!(bytes(&node.writes), [(9, 2 * 3 * 16 * 2), (10, cache), (11, cache)]);
+        assert_eq!(
+            bytes(&node.reads),
+            [
+                (1, 2 * 96 * 4),
+                (2, 96 * 2),
+                (3, 5 * 16 * 96 * 2),
+                (5, 40 * 16 * 4),
+                (6, 8),
+                (7, 8),
+                (8, 8),
+                (4, 5 * 16 * 2)
+            ]
+        );
+        assert!(node.geometry.dependent);
+    }
+
+    #[test]
+    fn variants_follow_the_rows_unless_chosen() {
+        let symbol = |rows| {
+            with_launch(DType::F32, |l| qkv::node(l, "t", &qkv::Args { rows, ..qkv_args() }))
+                .unwrap()
+                .kernel
+                .symbol
+        };
+        assert_eq!(symbol(8), "qkv_plain_f32");
+        assert_eq!(symbol(9), "qkv_tile_f32");
+        let selection = Selection::parse(&["qkv=tile"]).unwrap();
+        let launch = Launch { selection: &selection, dtype: DType::F32, sm_count: 4, dependent: false };
+        let node = qkv::node(&launch, "t", &qkv_args()).unwrap();
+        assert_eq!((node.kernel.symbol, node.geometry.dependent), ("qkv_tile_f32", false));
+    }
+
+    #[test]
+    fn splits_need_scratch_and_are_read_back() {
+        let split = attention::SplitScratch { partial: span(6), arrivals: span(7), splits: 3 };
+        let args = attention::Args { split: Some(split), ..attention_args() };
+        let node = with_launch(DType::Bf16, |l| attention::node(l, "t", &args)).unwrap();
+        assert_eq!((node.kernel.symbol, node.geometry.grid), ("attention_splitkv_bf16", [2, 3, 1]));
+        let partial = Span { ptr: span(6).ptr, bytes: 2 * 5 * 3 * 66 * 4 };
+        assert!(node.reads.contains(&partial) && node.writes.contains(&partial));
+
+        let selection = Selection::parse(&["attention=splitkv"]).unwrap();
+        let launch = Launch { selection: &selection, dtype: DType::Bf16, sm_count: 4, dependent: true };
+        assert!(message(attention::node(&launch, "t", &attention_args())).contains("needs split scratch"));
+    }
+
+    #[test]
+    fn splits_fill_the_machine_without_shredding_short_caches() {
+        assert_eq!(attention::splits(132, 2, 8, 1120), 17);
+        assert_eq!(attention::splits(132, 1, 8, 70), 2);
+        assert_eq!(attention::splits(4, 3, 8, 4096), 1);
+        assert_eq!(attention::splits(132, 1, 8, 5), 1);
+    }
+
+    #[test]
+    fn shapes_that_a_kernel_does_not_do_are_refused_with_their_numbers() {
+        let attend = |args| message(with_launch(DType::F32, |l| attention::node(l, "t", &args)));
+        assert!(attend(attention::Args { head_dim: 24, ..attention_args() }).contains("head_dim is 24"));
+        assert!(attend(attention::Args { head_dim: 272, ..attention_args() }).contains("head_dim is 272"));
+        assert!(attend(attention::Args { heads_kv: 2, ..attention_args() }).contains("5 query heads"));
+        assert!(attend(attention::Args { heads_kv: 0, ..attention_args() }).contains("0 kv heads"));
+        assert!(attend(attention::Args { rows: 0, ..attention_args() }).contains("rows"));
+        let unaligned = Span { ptr: span(1).ptr.offset(8), bytes: 1 << 19 };
+        assert!(
+            attend(attention::Args { k_cache: unaligned, ..attention_args() }).contains("16-byte aligned")
+        );
+
+        let project = |args| message(with_launch(DType::F32, |l| qkv::node(l, "t", &args)));
+        assert!(project(qkv::Args { head_dim: 15, ..qkv_args() }).contains("head_dim is 15"));
+        assert!(project(qkv::Args { hidden: usize::MAX, ..qkv_args() }).contains("overflows"));
+        assert!(project(qkv::Args { heads_kv: usize::MAX, ..qkv_args() }).contains("overflows"));
+    }
+
+    #[test]
+    fn short_absent_and_misaligned_buffers_are_named() {
+        let args = o_proj::Args {
+            input: span(0),
+            w: span(1),
+            bias: None,
+            x: span(2),
+            rows: 3,
+            hidden: 512,
+            inner: 512,
+        };
+        let o_proj = |args| message(with_launch(DType::F32, |l| o_proj::node(l, "t", &args)));
+        let short = o_proj(o_proj::Args { rows: 513, ..args });
+        assert!(
+            short.contains("[513, 512]") && short.contains("1050624 bytes") && short.contains("1048576"),
+            "{short}"
+        );
+        let absent = Span { ptr: DevicePtr::NULL, bytes: 1 << 20 };
+        assert!(o_proj(o_proj::Args { w: absent, ..args }).contains("w of shape [512, 512]"));
+        let odd = Span { ptr: span(0).ptr.offset(2), bytes: 1 << 19 };
+        assert!(o_proj(o_proj::Args { input: odd, ..args }).contains("not aligned"));
+        assert!(with_launch(DType::F32, |l| o_proj::node(l, "t", &args)).is_ok());
+    }
+
+    #[test]
+    fn large_products_stay_within_shared_memory() {
+        for dtype in DType::ALL {
+            for (rows, inner) in [(1, 16384), (3, 13824), (5, 16384), (8, 5120), (8, 1), (13, 9000)] {
+                let geometry = with_launch(*dtype, |l| product_geometry(l, "plain", rows, inner, 1000));
+                assert!(geometry.shared_bytes as usize <= STAGE_BYTES, "{rows} x {inner}: {geometry:?}");
+                assert!(geometry.shared_bytes as usize >= rows.min(8) * inner.min(256) * dtype.bytes());
+                assert_eq!(geometry.grid[0], 125);
+            }
+        }
+        let launched =
+            |units| with_launch(DType::F32, |l| product_geometry(l, "plain", 1, 64, units).grid[0]);
+        assert_eq!((launched(3), launched(100_000)), (1, 264));
+    }
+
+    #[test]
+    fn optional_tensors_are_declared_when_given() {
+        let args = out_proj::Args {
+            x: span(0),
+            norm_w: span(1),
+            pos_embed: None,
+            w: span(2),
+            bias: span(3),
+            norm_out: None,
+            c: span(4),
+            rows: 2,
+            hidden: 64,
+            eps: 1e-6,
+        };
+        let plain = with_launch(DType::F32, |l| out_proj::node(l, "t", &args)).unwrap();
+        assert_eq!((plain.reads.len(), plain.writes.len()), (4, 1));
+        let pos_embed = Some(out_proj::PosEmbed { table: span(5), rows: 7, state: span(6) });
+        let full = out_proj::Args { pos_embed, norm_out: Some(span(7)), ..args };
+        let full = with_launch(DType::F32, |l| out_proj::node(l, "t", &full)).unwrap();
+        assert_eq!((full.reads.len(), full.writes.len()), (6, 2));
+
+        let linear_args = linear::Args {
+            x: span(0),
+            w: span(1),
+            bias: None,
+            y: span(2),
+            rows: 2,
+            outputs: 10,
+            inner: 8,
+            silu: false,
+            out_f32: true,
+        };
+        let y = |out_f32| {
+            let args = linear::Args { out_f32, ..linear_args };
+            with_launch(DType::Bf16, |l| linear::node(l, "t", &args)).unwrap().writes[0].bytes
+        };
+        assert_eq!((y(true), y(false)), (80, 40));
+    }
+}

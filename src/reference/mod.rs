@@ -5,18 +5,24 @@
 //! (at most twice that error, see [`crate::ops::harness`]).
 
 pub mod attention;
+pub mod conv2d;
 pub mod flow_chain;
 pub mod flow_head;
 pub mod flow_modulation;
 pub mod gate_up;
 pub mod gather_rows;
+pub mod group_stats;
 pub mod linear;
 pub mod norm;
 pub mod out_proj;
+pub mod parallel;
 pub mod project;
 pub mod qkv;
 pub mod randn;
 pub mod samplers;
+pub mod to_rgb8;
+pub mod unpatchify;
+pub mod vae_attention;
 
 use num_traits::Float;
 

@@ -1,0 +1,320 @@
+//! `conv2d`: every convolution of the VAE decoder, with normalisation and swish of its input, enlargement and
+//! residual folded in. Channels last; the kernel's file says how it tiles.
+
+use super::harness::{self, Case, Check, Rig, Scale};
+use super::params::Conv2dParams;
+use super::shared::{Checks, address, case, scale_for};
+use super::{DType, Launch, Op, Variant, div_ceil};
+use crate::device::{Geometry, Node, ParamBytes, Span};
+use crate::error::{Error, Result};
+use crate::reference::conv2d::{self as reference, Shape};
+use crate::reference::{Exact, PlainBf16, PlainF32, Precision};
+
+/// The row of the registry.
+pub static OP: Op = Op {
+    name: "conv2d",
+    summary: "3x3 or 1x1 convolution: GroupNorm, swish and nearest upsampling on load, bias, residual",
+    bound: "FLOPs: 2.5 TFLOP for a 512x512 picture, 3.2 ms at 798 TFLOP/s",
+    variants: &[Variant {
+        name: "plain",
+        kernels: crate::kernels!("conv2d", f32: "conv2d_plain_f32", bf16: "conv2d_plain_bf16"),
+        summary: "implicit GEMM on CUDA cores, tiles of 8x8 pixels x 64 channels, any shape",
+    }],
+    cases,
+};
+
+/// Pixels per side of a block's tile (`kTile`).
+const TILE: usize = 8;
+/// Output channels of a block (`kBlockN`).
+const BLOCK_N: usize = 64;
+const THREADS: u32 = 64;
+
+/// GroupNorm of the input, applied while it is loaded.
+#[derive(Clone, Copy, Debug)]
+pub struct Norm {
+    /// `[images, groups, 2]` float, from `group_stats`.
+    pub stats: Span,
+    /// `[c_in]` E.
+    pub gamma: Span,
+    /// `[c_in]` E.
+    pub beta: Span,
+    /// Groups; a divisor of `c_in`.
+    pub groups: usize,
+    /// Swish after it.
+    pub silu: bool,
+}
+
+/// One convolution.
+#[derive(Clone, Copy, Debug)]
+pub struct Args {
+    /// `[images, h_in, w_in, c_in]` E.
+    pub x: Span,
+    /// Absent: `x` is taken as it is.
+    pub norm: Option<Norm>,
+    /// `[c_out, ksize, ksize, c_in]` E.
+    pub w: Span,
+    /// `[c_out]` E.
+    pub bias: Span,
+    /// `[images, height, width, c_out]` E; may be `y`.
+    pub residual: Option<Span>,
+    /// `[images, height, width, c_out]` E, written.
+    pub y: Span,
+    /// Sizes.
+    pub shape: Shape,
+}
+
+/// Checks and records one launch.
+pub fn node(launch: &Launch, label: &str, args: &Args) -> Result<Node> {
+    let variant = launch.selection.variant(&OP, "plain")?;
+    let checks = Checks::new(OP.name, variant.name);
+    let Shape { images, height, width, c_in, c_out, ksize, upsample } = args.shape;
+    if ksize != 1 && ksize != 3 {
+        return Err(checks.refuse(format!("ksize is {ksize}, must be 1 or 3")));
+    }
+    if upsample && (height % 2 != 0 || width % 2 != 0) {
+        return Err(checks.refuse(format!("an enlarged picture has even sides, not {height}x{width}")));
+    }
+    let tiles = checks.product("tiles", &[height.div_ceil(TILE), width.div_ceil(TILE)])?;
+    checks.product("pixels", &[height, width])?;
+    for (axis, blocks) in [("images", images), ("blocks of output channels", c_out.div_ceil(BLOCK_N))] {
+        if blocks > 65_535 {
+            return Err(checks.refuse(format!("{axis}: {blocks}, must be at most 65535")));
+        }
+    }
+    let (in_height, in_width) = args.shape.input_size();
+    let element = launch.dtype.bytes();
+    let x = checks.span("x", args.x, element, &[images, in_height, in_width, c_in])?;
+    let w = checks.span("w", args.w, element, &[c_out, ksize, ksize, c_in])?;
+    let bias = checks.span("bias", args.bias, element, &[c_out])?;
+    let out_shape = [images, height, width, c_out];
+    let residual = checks.optional("residual", args.residual, element, &out_shape)?;
+    let y = checks.span("y", args.y, element, &out_shape)?;
+    if x.overlaps(&y) {
+        return Err(Error::Internal(format!(
+            "op conv2d {label}: y overlaps x, whose neighbours are still needed"
+        )));
+    }
+    if residual.is_some_and(|r| r.overlaps(&y) && r != y) {
+        return Err(Error::Internal(format!(
+            "op conv2d {label}: y and residual overlap without being the same"
+        )));
+    }
+
+    let mut reads = vec![x, w, bias];
+    reads.extend(residual);
+    let mut params = Conv2dParams {
+        x: x.ptr.0,
+        w: w.ptr.0,
+        bias: bias.ptr.0,
+        residual: address(residual),
+        y: y.ptr.0,
+        images: checks.dim("images", images)?,
+        height: checks.dim("height", height)?,
+        width: checks.dim("width", width)?,
+        c_in: checks.dim("c_in", c_in)?,
+        c_out: checks.dim("c_out", c_out)?,
+        ksize: ksize as u32,
+        upsample: u32::from(upsample),
+        ..Default::default()
+    };
+    if let Some(norm) = &args.norm {
+        if norm.groups == 0 || c_in % norm.groups != 0 {
+            return Err(checks.refuse(format!("{c_in} channels do not divide into {} groups", norm.groups)));
+        }
+        let stats = checks.span("stats", norm.stats, 4, &[images, norm.groups, 2])?;
+        let gamma = checks.span("gamma", norm.gamma, element, &[c_in])?;
+        let beta = checks.span("beta", norm.beta, element, &[c_in])?;
+        reads.extend([stats, gamma, beta]);
+        params.stats = stats.ptr.0;
+        params.gamma = gamma.ptr.0;
+        params.beta = beta.ptr.0;
+        params.groups = checks.dim("groups", norm.groups)?;
+        params.silu = u32::from(norm.silu);
+    }
+    let mut geometry = Geometry::linear(tiles as u32, THREADS);
+    geometry.grid = [tiles as u32, div_ceil(c_out, BLOCK_N), params.images];
+    geometry.dependent = launch.dependent;
+    Ok(Node {
+        label: label.into(),
+        kernel: variant.kernel(OP.name, launch.dtype)?,
+        geometry,
+        params: ParamBytes::of(&params),
+        reads,
+        writes: vec![y],
+    })
+}
+
+/// Floating-point operations of one convolution.
+pub fn flops(shape: &Shape) -> u64 {
+    let Shape { images, height, width, c_in, c_out, ksize, .. } = *shape;
+    2 * (images * height * width * c_out * ksize * ksize * c_in) as u64
+}
+
+/// What a test case adds to its shape.
+#[derive(Clone, Copy, Debug)]
+struct Form {
+    /// Groups and swish; no normalisation without.
+    norm: Option<(usize, bool)>,
+    residual: Residual,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Residual {
+    None,
+    Apart,
+    /// The residual's buffer is the output's.
+    InPlace,
+}
+
+fn cases() -> Vec<Case> {
+    let shape = |images, height, width, c_in, c_out, ksize, upsample| Shape {
+        images,
+        height,
+        width,
+        c_in,
+        c_out,
+        ksize,
+        upsample,
+    };
+    let bare = Form { norm: None, residual: Residual::None };
+    let norm = |groups, silu, residual| Form { norm: Some((groups, silu)), residual };
+    use Residual::{Apart, InPlace, None as No};
+    let small = [
+        (shape(1, 1, 1, 3, 32, 3, false), bare),
+        (shape(3, 3, 5, 3, 32, 3, false), bare),
+        (shape(1, 7, 9, 16, 64, 3, false), bare),
+        (shape(1, 7, 9, 32, 3, 3, false), norm(32, true, No)),
+        (shape(3, 3, 5, 32, 32, 3, false), norm(32, true, InPlace)),
+        (shape(1, 7, 9, 33, 17, 3, false), norm(11, true, Apart)),
+        (shape(1, 7, 9, 33, 17, 1, false), norm(3, false, No)),
+        (shape(1, 3, 5, 33, 65, 1, false), bare),
+        (shape(1, 9, 17, 5, 7, 3, false), norm(5, false, InPlace)),
+        (shape(1, 2, 2, 32, 32, 3, true), bare),
+        (shape(3, 6, 10, 16, 24, 3, true), bare),
+        (shape(1, 14, 18, 8, 8, 3, true), norm(4, true, No)),
+        (shape(1, 6, 10, 20, 9, 1, true), bare),
+    ];
+    let medium = [
+        (shape(2, 16, 24, 64, 64, 3, false), norm(32, true, InPlace)),
+        (shape(1, 16, 16, 128, 256, 1, false), norm(32, false, No)),
+        (shape(1, 8, 8, 256, 130, 3, false), norm(32, true, Apart)),
+        (shape(1, 32, 32, 64, 96, 3, true), bare),
+    ];
+    let real = [
+        (shape(1, 8, 8, 512, 512, 3, false), norm(32, true, InPlace)),
+        (shape(1, 64, 64, 256, 256, 3, true), bare),
+        (shape(1, 64, 64, 256, 128, 1, false), bare),
+        (shape(1, 64, 64, 128, 3, 3, false), norm(32, true, No)),
+    ];
+    let mut cases = Vec::new();
+    let all = small.iter().chain(&medium).map(|c| (c, false)).chain(real.iter().map(|c| (c, true)));
+    for (&(shape, form), real) in all {
+        for &dtype in DType::ALL {
+            cases.push(build(shape, form, dtype, real));
+        }
+    }
+    cases
+}
+
+fn build(shape: Shape, form: Form, dtype: DType, real: bool) -> Case {
+    let Shape { images, height, width, c_in, c_out, ksize, upsample } = shape;
+    let label = format!(
+        "images={images},height={height},width={width},c_in={c_in},c_out={c_out},ksize={ksize},upsample={},norm={},\
+         residual={:?}",
+        u8::from(upsample),
+        match form.norm {
+            None => "none".into(),
+            Some((groups, silu)) => format!("{groups}{}", if silu { "+silu" } else { "" }),
+        },
+        form.residual
+    );
+    let (in_height, in_width) = shape.input_size();
+    let pixels = images * height * width;
+    let residual_values = if form.residual == Residual::None { 0 } else { pixels * c_out };
+    let values = images * in_height * in_width * c_in
+        + c_out * (ksize * ksize * c_in + 1)
+        + pixels * c_out
+        + residual_values;
+    let bytes = (values * dtype.bytes()) as u64;
+    let scale = if real { Scale::Real } else { scale_for(flops(&shape)) };
+    case(&OP, "plain", dtype, scale, (bytes, flops(&shape)), label, move |rig, launch| {
+        run(rig, launch, &shape, &form)
+    })
+}
+
+fn run(rig: &mut Rig, launch: &Launch, shape: &Shape, form: &Form) -> Result<Vec<Check>> {
+    let dtype = launch.dtype;
+    let Shape { images, height, width, c_in, c_out, ksize, .. } = *shape;
+    let (in_height, in_width) = shape.input_size();
+    let taps = ksize * ksize;
+    let x = rig.random("x", dtype, images * in_height * in_width * c_in, 1.5)?;
+    let w = rig.random("w", dtype, c_out * taps * c_in, 1.0 / ((taps * c_in) as f32).sqrt())?;
+    let bias = rig.random("bias", dtype, c_out, 0.5)?;
+    let y = rig.output("y", dtype, images * height * width * c_out)?;
+    let residual = match form.residual {
+        Residual::None => None,
+        _ => Some(rig.random("residual", dtype, images * height * width * c_out, 1.0)?),
+    };
+    let y = match (&residual, form.residual) {
+        (Some(residual), Residual::InPlace) => residual.span,
+        _ => y,
+    };
+    let norm = match form.norm {
+        None => None,
+        Some((groups, silu)) => {
+            // Any statistics will do: means around 0, deviations around 1.5.
+            let stats = rig.normal(images * groups * 2, 0.3);
+            let stats = stats.iter().enumerate().map(|(i, v)| if i % 2 == 0 { *v } else { 0.7 + v.abs() });
+            let stats = rig.input("stats", DType::F32, stats.collect())?;
+            let gamma = rig.random("gamma", dtype, c_in, 1.0)?;
+            let beta = rig.random("beta", dtype, c_in, 0.5)?;
+            Some((stats, gamma, beta, groups, silu))
+        }
+    };
+    let args = Args {
+        x: x.span,
+        norm: norm.as_ref().map(|(stats, gamma, beta, groups, silu)| Norm {
+            stats: stats.span,
+            gamma: gamma.span,
+            beta: beta.span,
+            groups: *groups,
+            silu: *silu,
+        }),
+        w: w.span,
+        bias: bias.span,
+        residual: residual.as_ref().map(|r| r.span),
+        y,
+        shape: *shape,
+    };
+    rig.run(&node(launch, "conv2d", &args)?)?;
+    let got = rig.read(y, dtype)?;
+
+    fn reference<P: Precision>(
+        shape: &Shape,
+        x: &[f32],
+        norm: Option<(&[f32], &[f32], &[f32], usize, bool)>,
+        w: &[f32],
+        bias: &[f32],
+        residual: Option<&[f32]>,
+    ) -> Vec<f64> {
+        let loaded = norm.map(|(s, g, b, ..)| (P::load_all(s), P::load_all(g), P::load_all(b)));
+        let norm = norm.zip(loaded.as_ref()).map(|((.., groups, silu), (stats, gamma, beta))| {
+            reference::Norm { stats, gamma, beta, groups, silu }
+        });
+        let residual = residual.map(P::load_all);
+        let (x, w, bias) = (P::load_all(x), P::load_all(w), P::load_all(bias));
+        P::widen_all(&reference::conv2d::<P>(shape, &x, norm.as_ref(), &w, &bias, residual.as_deref()))
+    }
+    let norm = norm.as_ref().map(|(s, g, b, groups, silu)| {
+        (s.values.as_slice(), g.values.as_slice(), b.values.as_slice(), *groups, *silu)
+    });
+    let residual = residual.as_ref().map(|r| r.values.as_slice());
+    let inputs = (shape, x.values.as_slice(), norm, w.values.as_slice(), bias.values.as_slice(), residual);
+    let exact = reference::<Exact>(inputs.0, inputs.1, inputs.2, inputs.3, inputs.4, inputs.5);
+    let plain = match dtype {
+        DType::F32 => reference::<PlainF32>,
+        DType::Bf16 => reference::<PlainBf16>,
+    };
+    let plain = plain(inputs.0, inputs.1, inputs.2, inputs.3, inputs.4, inputs.5);
+    Ok(vec![harness::compare("y", dtype, &got, &exact, &plain)])
+}

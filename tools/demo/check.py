@@ -1,0 +1,152 @@
+"""Judges pictures against what they should show: background, count, colour, shape, place and size.
+
+    python check.py DIR      # DIR/captions.tsv has one line "file<TAB>caption" per picture
+
+prints the percentages with standard errors and lists what failed. On ground-truth renderings nearly every picture
+passes (`--self-test` says how many), so that is the ceiling of every figure.
+"""
+
+import argparse
+import pathlib
+
+import numpy as np
+from PIL import Image
+from scipy import ndimage, optimize
+
+import scenes
+
+ATTRIBUTES = ("background", "count", "colour", "shape", "place", "size")
+PALETTE = np.array([scenes.PALETTE[c] for c in scenes.COLOURS], np.float32)
+# A pixel belongs to an object when it is this far from the background, in RGB of 0..1.
+OBJECT_DISTANCE = 0.25
+# Regions smaller than this part of the picture's shorter side squared are specks; the smallest true object has 0.025.
+SPECK = 0.004
+PLACE_TOLERANCE = 0.13
+SIZE_TOLERANCE = (0.72, 1.38)
+# Area of a shape of size 1, and how far its centroid lies below its centre.
+AREA = {
+    "circle": np.pi,
+    "square": 4 * scenes.SQUARE_HALF**2,
+    "triangle": 0.5 * 1.8 * 1.9,
+    "star": 5 * np.sin(np.pi / 5) * scenes.STAR_OUTER * scenes.STAR_INNER,
+}
+CENTROID = {"circle": 0.0, "square": 0.0, "triangle": 0.95 / 3, "star": 0.0}
+
+
+def nearest_colour(pixels):
+    """Index into `scenes.COLOURS` for each of pixels [..., 3]."""
+    return ((pixels[..., None, :].astype(np.float32) - PALETTE) ** 2).sum(-1).argmin(-1)
+
+
+def fit_shape(region):
+    """(shape, thing) whose template, scaled to the region's area and put on its centroid, overlaps bool [H, W] best."""
+    height, width = region.shape
+    side = min(height, width)
+    ys, xs = np.nonzero(region)
+    x, y = (xs.mean() + 0.5) / width, (ys.mean() + 0.5) / height
+    best, best_overlap = None, -1.0
+    for shape in scenes.SHAPES:
+        size = np.sqrt(len(xs) / AREA[shape]) / side
+        thing = scenes.Thing("", shape, x, y - CENTROID[shape] * size * side / height, size)
+        template = scenes.coverage(thing, height, width) > 0.5
+        overlap = (template & region).sum() / (template | region).sum()
+        if overlap > best_overlap:
+            best, best_overlap = thing, overlap
+    return best
+
+
+def find_things(picture):
+    """(background colour, list of `Thing`) seen in a picture, uint8 [H, W, 3]."""
+    border = np.concatenate([picture[0], picture[-1], picture[:, 0], picture[:, -1]])
+    ground = np.bincount(nearest_colour(border), minlength=len(PALETTE)).argmax()
+    away = np.sqrt(((picture.astype(np.float32) - PALETTE[ground]) ** 2).sum(-1)) / 255
+    labels, count = ndimage.label(away > OBJECT_DISTANCE)
+    things = []
+    for i in range(1, count + 1):
+        region = ndimage.binary_fill_holes(labels == i)
+        if region.sum() < SPECK * min(region.shape) ** 2:
+            continue
+        # The rim is a mixture of two colours: ask the inside, if there is one.
+        inside = ndimage.binary_erosion(region, iterations=2)
+        pixels = picture[inside if inside.any() else region]
+        colour = scenes.COLOURS[np.bincount(nearest_colour(pixels), minlength=len(PALETTE)).argmax()]
+        fitted = fit_shape(region)
+        things.append(scenes.Thing(colour, fitted.shape, fitted.x, fitted.y, fitted.size))
+    return scenes.COLOURS[ground], things
+
+
+def judge(picture, scene):
+    """dict attribute -> bool, and "all". Without the right count nothing about the objects counts as right."""
+    ground, seen = find_things(picture)
+    verdict = dict.fromkeys(ATTRIBUTES, False)
+    verdict["background"] = ground == scene.background
+    verdict["count"] = len(seen) == len(scene.things)
+    if verdict["count"]:
+        far = [[np.hypot(a.x - b.x, a.y - b.y) for b in seen] for a in scene.things]
+        pairs = [(scene.things[i], seen[j]) for i, j in zip(*optimize.linear_sum_assignment(far))] if seen else []
+        verdict["colour"] = all(a.colour == b.colour for a, b in pairs)
+        verdict["shape"] = all(a.shape == b.shape for a, b in pairs)
+        verdict["place"] = all(max(abs(a.x - b.x), abs(a.y - b.y)) < PLACE_TOLERANCE for a, b in pairs)
+        verdict["size"] = all(SIZE_TOLERANCE[0] < b.size / a.size < SIZE_TOLERANCE[1] for a, b in pairs)
+    verdict["all"] = all(verdict[a] for a in ATTRIBUTES)
+    return verdict
+
+
+def percent(flags):
+    """ "81.2 ±3.1": percentage and its standard error."""
+    share = np.mean(flags)
+    return f"{100 * share:5.1f} ±{100 * np.sqrt(share * (1 - share) / len(flags)):3.1f}"
+
+
+def table(verdicts, kinds):
+    """Lines of the report: every attribute over all pictures, then "all" by kind of scene."""
+    lines = ["  ".join(f"{a:>10}" for a in (*ATTRIBUTES, "all"))]
+    lines.append("  ".join(f"{percent([v[a] for v in verdicts]):>10}" for a in (*ATTRIBUTES, "all")))
+    for kind in dict.fromkeys(kinds):
+        flags = [v["all"] for v, k in zip(verdicts, kinds) if k == kind]
+        lines.append(f"{kind}: {percent(flags)} all right (n={len(flags)})")
+    return lines
+
+
+def check_directory(directory):
+    """Judge DIR's pictures and print the table and the failures."""
+    directory = pathlib.Path(directory)
+    rows = [line.split("\t") for line in (directory / "captions.tsv").read_text().splitlines() if line.strip()]
+    verdicts, kinds, failed = [], [], []
+    for name, text in rows:
+        scene = scenes.parse_caption(text)
+        verdicts.append(judge(np.asarray(Image.open(directory / name).convert("RGB")), scene))
+        kinds.append(scene.kind)
+        if not verdicts[-1]["all"]:
+            failed.append(f"{name}\t{text}\twrong: {', '.join(a for a in ATTRIBUTES if not verdicts[-1][a])}")
+    print(*table(verdicts, kinds), *failed, sep="\n")
+
+
+def self_test(count=300, side=(128, 128), seed=5):
+    """Judge ground-truth renderings, and the same renderings against the caption of the next one."""
+    rng = np.random.default_rng(seed)
+    plain = [scenes.draw_scene(rng, rng.choice(["one", "two", "row"], p=[0.5, 0.3, 0.2])) for _ in range(count)]
+    read = [scenes.parse_caption(scenes.caption(s, rng)) for s in plain]
+    if read != plain:
+        raise ValueError("a caption does not read back as the scene it was made from")
+    pictures = [scenes.render(scenes.jitter(rng, s), *side) for s in plain]
+    right = [judge(p, s)["all"] for p, s in zip(pictures, plain)]
+    swapped = [judge(p, s)["all"] for p, s in zip(pictures, plain[1:] + plain[:1])]
+    print(f"true pictures: {percent(right)} all right; with another scene's caption: {percent(swapped)}")
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("directory", nargs="?", help="pictures and captions.tsv")
+    parser.add_argument("--self-test", action="store_true", help="judge ground-truth renderings")
+    args = parser.parse_args()
+    if args.self_test:
+        self_test()
+    elif args.directory:
+        check_directory(args.directory)
+    else:
+        parser.error("give a directory or --self-test")
+
+
+if __name__ == "__main__":
+    main()

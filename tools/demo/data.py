@@ -1,0 +1,131 @@
+"""Training examples: pools of encoded pictures that grow while training runs, and the batches drawn from them.
+
+Encoding a 128x128 picture costs about a tenth of a training step on a CPU, so every picture is encoded once, kept,
+and used several times. Shapes: B rows, S positions, n tokens of the picture to learn, K token dim.
+"""
+
+import dataclasses
+
+import numpy as np
+import torch
+
+import sampler
+import scenes
+from tokenizer import SPECIAL_IDS, image_prefix
+
+EOS, EOI = SPECIAL_IDS["<|endoftext|>"], SPECIAL_IDS["<|end_of_image|>"]
+HOLE, PAD = SPECIAL_IDS["<|image_placeholder|>"], SPECIAL_IDS["[PAD]"]
+IGNORE = -100
+CELL = 16
+
+
+@dataclasses.dataclass
+class Batch:
+    """One training step's tensors.
+
+    ids [B, S] right-padded (causal attention then needs no mask); is_image [B, S] the positions of `given` [m, K] in
+    row order; clean [B, n, K] the tokens to learn, keep [B, n] the chance with which to train on each;
+    condition [B, n] the position whose hidden state must predict each of them; next_ids [B, S] the LM targets."""
+
+    ids: torch.Tensor
+    is_image: torch.Tensor
+    given: torch.Tensor
+    clean: torch.Tensor
+    keep: torch.Tensor
+    condition: torch.Tensor
+    next_ids: torch.Tensor
+
+    def to(self, device):
+        """The same batch on another device."""
+        return Batch(**{f.name: getattr(self, f.name).to(device) for f in dataclasses.fields(self)})
+
+
+class Pool:
+    """Encoded examples of one kind on one grid: "one", "two" and "row" captions, or "edit" pairs."""
+
+    def __init__(self, kind, grid, capacity):
+        self.kind, self.grid, self.capacity = kind, grid, capacity
+        self.texts, self.tokens, self.sources, self.keep = [], [], [], []
+        self.made = 0
+
+    def __len__(self):
+        return len(self.texts)
+
+    def grow(self, vae, rng, count):
+        """Render and encode `count` more examples; once full, the oldest make room."""
+        side = (self.grid[0] * CELL, self.grid[1] * CELL)
+        texts, before, after = [], [], []
+        for _ in range(count):
+            if self.kind == "edit":
+                source, text, target = scenes.draw_edit(rng)
+                before.append(scenes.render(source, *side))
+            else:
+                plain = scenes.draw_scene(rng, self.kind)
+                text, target = scenes.caption(plain, rng), scenes.jitter(rng, plain)
+            texts.append(text)
+            after.append(target)
+        pictures = np.stack(before + [scenes.render(s, *side) for s in after])
+        device = next(vae.parameters()).device.type
+        with torch.autocast(device, torch.bfloat16):
+            tokens = sampler.encode_pictures(vae, pictures, batch=8).cpu().half()
+        rows = list(zip(texts, tokens[-count:], tokens[:count], (scenes.keep_chances(s, self.grid) for s in after)))
+        for text, target, source, keep in rows:
+            self.put(text, target, source if self.kind == "edit" else None, torch.from_numpy(keep))
+
+    def put(self, text, tokens, source, keep):
+        """Store one example."""
+        columns = ((self.texts, text), (self.tokens, tokens), (self.sources, source), (self.keep, keep))
+        for column, value in columns:
+            if len(column) < self.capacity:
+                column.append(value)
+            else:
+                column[self.made % self.capacity] = value
+        self.made += 1
+
+    def state_dict(self):
+        """Everything needed to go on after an interruption."""
+        stack = {"tokens": torch.stack(self.tokens), "keep": torch.stack(self.keep)}
+        stack |= {"texts": self.texts, "made": self.made}
+        return stack | ({"sources": torch.stack(self.sources)} if self.kind == "edit" else {})
+
+    def load_state_dict(self, state):
+        """The inverse of `state_dict`."""
+        self.texts, self.made = list(state["texts"]), state["made"]
+        self.tokens, self.keep = list(state["tokens"]), list(state["keep"])
+        self.sources = list(state["sources"]) if "sources" in state else [None] * len(self.texts)
+
+
+def make_batch(picks, tok, grid, rng, drop_text=0.1, drop_all=0.04, noise=0.03):
+    """A `Batch` from picks, a list of (pool, index) on one grid.
+
+    `drop_text` of the rows lose their text, `drop_all` of the edits their source picture as well, which trains the
+    branches of classifier-free guidance. Input and target tokens get Gaussian noise of `noise`."""
+    prefix = image_prefix(tok, grid)
+    count = grid[0] * grid[1]
+    rows, given, starts = [], [], []
+    for pool, index in picks:
+        source, chance = pool.sources[index], rng.random()
+        text = [] if chance < drop_text else tok.encode(pool.texts[index], add_special_tokens=False).ids
+        row = []
+        if source is not None and chance >= drop_all:
+            row = prefix + [HOLE] * count + [EOI]
+            given.append(source)
+        row = row + text + prefix
+        starts.append(len(row))
+        rows.append(row + [HOLE] * count + [EOI])
+        given.append(pool.tokens[index])
+    longest = max(map(len, rows))
+    ids = torch.tensor([row + [PAD] * (longest - len(row)) for row in rows])
+    following = torch.tensor([row[1:] + [EOS] + [IGNORE] * (longest - len(row)) for row in rows])
+    given = torch.cat(given).float()
+    clean = torch.stack([pool.tokens[i] for pool, i in picks]).float()
+    condition = torch.tensor(starts)[:, None] - 1 + torch.arange(count)
+    return Batch(
+        ids=ids,
+        is_image=ids == HOLE,
+        given=given + noise * torch.randn_like(given),
+        clean=clean + noise * torch.randn_like(clean),
+        keep=torch.stack([pool.keep[i] for pool, i in picks]),
+        condition=condition,
+        next_ids=following.masked_fill(following == HOLE, IGNORE),
+    )
