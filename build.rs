@@ -28,7 +28,7 @@ fn main() {
     println!("cargo::rerun-if-changed=build.rs");
     // A folder stands for all files in it, new and removed ones included.
     println!("cargo::rerun-if-changed=kernels");
-    let names = ["WARPSTEP_EMULATOR", "WARPSTEP_REQUIRE_CUBINS", "NVCC", "CUDA_HOME", "CUDA_PATH", "PATH"];
+    let names = ["WARPSTEP_EMULATOR", "WARPSTEP_REQUIRE_CUBINS", "NVCC", "CUDA_HOME", "CUDA_PATH"];
     names.iter().for_each(|name| println!("cargo::rerun-if-env-changed={name}"));
 
     if let Err(error) = build() {

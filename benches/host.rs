@@ -10,8 +10,10 @@ use warpstep::device::{Device, Geometry, KernelId, Node, NodeList, ParamBytes, S
 use warpstep::engine::{Engine, EngineOptions, ModelSource};
 
 fn engine() -> Arc<Engine> {
-    let device = Arc::new(EmulatedDevice::new(EmulatedOptions::default()));
-    Arc::new(Engine::load(&ModelSource::Demo, device, EngineOptions::default()).expect("the demo model loads"))
+    let device = Arc::new(EmulatedDevice::new(EmulatedOptions::default()).expect("a device"));
+    Arc::new(
+        Engine::load(&ModelSource::Demo, device, EngineOptions::default()).expect("the demo model loads"),
+    )
 }
 
 /// Reading, checking, converting and uploading a whole checkpoint.
@@ -25,14 +27,14 @@ fn packing(c: &mut Criterion) {
 /// Prompt to token ids, schedules and the memory plan.
 fn planning(c: &mut Criterion) {
     let engine = engine();
-    let mut request = engine.defaults().request("a red circle on a blue background");
+    let mut request = engine.request("a red circle on a blue background").expect("a request");
     request.seed = 1;
     c.bench_function("tokenize and plan", |b| b.iter(|| engine.plan(black_box(&request)).expect("plans")));
 }
 
 /// A list of the 14B model's length: 48 layers of five nodes in a chain, and eight around them.
 fn recording(c: &mut Criterion) {
-    let device = EmulatedDevice::new(EmulatedOptions::default());
+    let device = EmulatedDevice::new(EmulatedOptions::default()).expect("a device");
     let buffer = device.alloc(1 << 20, "bench").expect("a megabyte");
     let node = |i: usize| Node {
         label: format!("node{i}"),

@@ -1,6 +1,7 @@
 /* End of a token: state.token += 1, row_pos[s] += 1 for every sequence.
  *
- * Everything that changes between tokens changes here, on the device: replayed nodes never do. One block.
+ * state: GenerationState; row_pos [S] uint32. Everything that changes between tokens changes here, on the device:
+ * replayed nodes never do. Bound by latency: a few hundred bytes. One block.
  */
 #include "dev.cuh"
 

@@ -144,6 +144,8 @@ DEV v4u ld_cg_v4(const void* p) {
 // 16 aligned bytes by plain access, global or shared.
 DEV v4u ld_v4(const void* p) { return *static_cast<const v4u*>(p); }
 DEV void st_v4(void* p, v4u v) { *static_cast<v4u*>(p) = v; }
+// Asks for the 128-byte line of `p`. The only access that may precede griddep_wait whatever `p` is: it returns nothing.
+DEV void prefetch_l2(const void* p) { asm volatile("prefetch.global.L2 [%0];" ::"l"(p)); }
 DEV uint32_t atom_add_relaxed(uint32_t* p, uint32_t v) { return atomicAdd(p, v); }
 DEV uint32_t atom_max_relaxed(uint32_t* p, uint32_t v) { return atomicMax(p, v); }
 DEV uint32_t atom_add_acqrel(uint32_t* p, uint32_t v) {
@@ -264,6 +266,12 @@ template <int W = 32>
 DEV float warp_sum(float v) {
   for (int o = W / 2; o; o >>= 1) v += shfl_xor(v, o);
   return v;
+}
+// N independent sums over the warp.
+template <int N>
+DEV void warp_sum_all(float (&v)[N]) {
+#pragma unroll
+  for (int i = 0; i < N; i++) v[i] = warp_sum(v[i]);
 }
 template <int W = 32>
 DEV float warp_max(float v) {

@@ -27,6 +27,7 @@ DEV void gate_up(const GateUpParams& p) {
   };
 
   griddep_launch();
+  if (!TILE) gemv_prefetch<E>(p.hidden, p.intermediate, weight);
   griddep_wait();
   const Normed<E> h{ptr<const float>(p.x), ptr<const E>(p.norm_w), nullptr, p.eps};
   const bool vec = p.hidden % 8 == 0 && aligned16(p.x | p.norm_w | p.w_gate | p.w_up);

@@ -56,13 +56,6 @@ DEV void store8(E* p, const float (&f)[8]) {
 
 DEV float silu(float x) { return x / (1.0f + f_exp(-x)); }
 
-/* All sums of a warp at once, each in every lane. */
-template <int N>
-DEV void warp_sum_all(float (&v)[N]) {
-#pragma unroll
-  for (int i = 0; i < N; i++) v[i] = warp_sum(v[i]);
-}
-
 /* h as it lies in memory: [M, K] E. */
 template <class E>
 struct Raw {
@@ -157,10 +150,19 @@ DEV uint32_t stage_chunk(uint32_t rows, uint32_t inner) {
   return inner <= fits ? inner : fits;
 }
 
-/* sums[half * ROWS + r] += w_half[k] * h[r, k] over this lane's share of n staged elements. */
+/* A lane's sums for one unit: [half][row], each in `kParts` interleaved parts, so that few rows still make enough
+ * independent chains of additions. */
+template <int ROWS>
+struct Sums {
+  static constexpr int kParts = ROWS == 1 ? 4 : ROWS <= 4 ? 2 : 1;
+  float of[2 * ROWS][kParts];
+};
+
+/* sums.of[half * ROWS + r] += w_half[k] * h[r, k] over this lane's share of n staged elements. */
 template <class E, int ROWS>
-DEV void dot_rows(float (&sums)[2 * ROWS], const E* w0, const E* w1, const E* staged, uint32_t stride,
-                  uint32_t rows, uint32_t n, bool vec) {
+DEV void dot_rows(Sums<ROWS>& sums, const E* w0, const E* w1, const E* staged, uint32_t stride, uint32_t rows,
+                  uint32_t n, bool vec) {
+  constexpr int kParts = Sums<ROWS>::kParts;
   /* Rows that do not exist repeat row 0; their sums are dropped. */
   if (vec) {
     uint32_t k = lane_id() * 8;
@@ -180,8 +182,8 @@ DEV void dot_rows(float (&sums)[2 * ROWS], const E* w0, const E* w1, const E* st
         load8(f, staged + (uint32_t(r) < rows ? r : 0) * stride + k);
 #pragma unroll
         for (int i = 0; i < 8; i++) {
-          sums[r] += a[i] * f[i];
-          sums[ROWS + r] += b[i] * f[i];
+          sums.of[r][i % kParts] += a[i] * f[i];
+          sums.of[ROWS + r][i % kParts] += b[i] * f[i];
         }
       }
     }
@@ -191,14 +193,34 @@ DEV void dot_rows(float (&sums)[2 * ROWS], const E* w0, const E* w1, const E* st
 #pragma unroll
       for (int r = 0; r < ROWS; r++) {
         const float f = to_f32(staged[(uint32_t(r) < rows ? r : 0) * stride + k]);
-        sums[r] += a * f;
-        sums[ROWS + r] += b * f;
+        sums.of[r][0] += a * f;
+        sums.of[ROWS + r][0] += b * f;
       }
     }
   }
 }
 
-/* One group of at most ROWS rows against all units. The block's units are a contiguous share of all of them. */
+/* The units of this block: a contiguous share of all. */
+struct Share {
+  uint32_t first, end;
+};
+DEV Share block_share(uint32_t units) {
+  return {uint32_t(uint64_t(units) * bid_x() / nbid_x()), uint32_t(uint64_t(units) * (bid_x() + 1) / nbid_x())};
+}
+
+/* Before griddep_wait: the first 2 KB of the weight rows that each warp will start with. Weights do not depend on
+ * the predecessor, and 64 KB per SM covers the few microseconds until it has ended. */
+template <class E, class Weight>
+DEV void gemv_prefetch(uint32_t inner, uint32_t units, Weight weight) {
+  constexpr uint32_t kLine = 128 / sizeof(E);
+  const Share share = block_share(units);
+  const uint32_t unit = share.first + warp_id(), k = lane_id() % 16 * kLine;
+  if (unit >= share.end || k >= inner) return;
+  const E* w = weight(unit, lane_id() / 16);
+  if (w) prefetch_l2(w + k);
+}
+
+/* One group of at most ROWS rows against this block's share of the units. */
 template <class E, int ROWS, class H, class Weight, class Emit>
 DEV void gemv_rows(const H& h, uint32_t row0, uint32_t rows, uint32_t inner, uint32_t units, uint32_t chunk,
                    bool vec, Weight weight, Emit emit) {
@@ -206,21 +228,18 @@ DEV void gemv_rows(const H& h, uint32_t row0, uint32_t rows, uint32_t inner, uin
   SMEM(float, inverse_rms, kRowGroup);
   block_sync();
   prepare(h, inverse_rms, row0, rows, inner, vec);
-  const uint32_t first = uint32_t(uint64_t(units) * bid_x() / nbid_x());
-  const uint32_t end = uint32_t(uint64_t(units) * (bid_x() + 1) / nbid_x());
-  for (uint32_t base = first; base < end; base += kWarps) {
+  const Share share = block_share(units);
+  for (uint32_t base = share.first; base < share.end; base += kWarps) {
     const uint32_t unit = base + warp_id();
-    const bool active = unit < end;
+    const bool active = unit < share.end;
     const E* w0 = active ? weight(unit, 0) : nullptr;
     const E* w1 = active ? weight(unit, 1) : nullptr;
     /* A unit at the end of an odd matrix has one row: it is computed twice. */
     if (!w1) w1 = w0;
-    float sums[2 * ROWS];
-#pragma unroll
-    for (int i = 0; i < 2 * ROWS; i++) sums[i] = 0.0f;
+    Sums<ROWS> parts = {};
     for (uint32_t k0 = 0; k0 < inner; k0 += chunk) {
       const uint32_t n = inner - k0 < chunk ? inner - k0 : chunk;
-      if (base == first || chunk < inner) {
+      if (base == share.first || chunk < inner) {
         block_sync();
         for (uint32_t r = 0; r < rows; r++) {
           if (vec) {
@@ -236,9 +255,16 @@ DEV void gemv_rows(const H& h, uint32_t row0, uint32_t rows, uint32_t inner, uin
         }
         block_sync();
       }
-      if (active) dot_rows<E, ROWS>(sums, w0 + k0, w1 + k0, staged, chunk, rows, n, vec);
+      if (active) dot_rows<E, ROWS>(parts, w0 + k0, w1 + k0, staged, chunk, rows, n, vec);
     }
     if (active) {
+      float sums[2 * ROWS];
+#pragma unroll
+      for (int i = 0; i < 2 * ROWS; i++) {
+        sums[i] = parts.of[i][0];
+#pragma unroll
+        for (int j = 1; j < Sums<ROWS>::kParts; j++) sums[i] += parts.of[i][j];
+      }
       warp_sum_all(sums);
       float a = 0.0f, b = 0.0f;
 #pragma unroll

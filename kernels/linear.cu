@@ -33,14 +33,16 @@ DEV void linear(const LinearParams& p) {
     if (unit * 2 + 1 < p.outputs) emit_one(row, unit * 2 + 1, b);
   };
 
+  const uint32_t units = (p.outputs + 1) / 2;
   griddep_launch();
+  if (!TILE) gemv_prefetch<E>(p.inner, units, weight);
   griddep_wait();
   const Raw<E> h{ptr<const E>(p.x)};
   const bool vec = p.inner % 8 == 0 && aligned16(p.x | p.w);
   if (TILE) {
-    gemm_tile<E>(h, p.rows, p.inner, (p.outputs + 1) / 2, vec, weight, emit);
+    gemm_tile<E>(h, p.rows, p.inner, units, vec, weight, emit);
   } else {
-    gemv<E>(h, p.rows, p.inner, (p.outputs + 1) / 2, vec, weight, emit);
+    gemv<E>(h, p.rows, p.inner, units, vec, weight, emit);
   }
 }
 

@@ -42,7 +42,9 @@ DEV void out_proj(const OutProjParams& p) {
     if (out + 1 < p.hidden) to[1] = from_f32<E>(b + to_f32(bias[out + 1]));
   };
 
+  const uint32_t units = (p.hidden + 1) / 2;
   griddep_launch();
+  gemv_prefetch<E>(p.hidden, units, weight);
   griddep_wait();
   Normed<E> h{ptr<const float>(p.x), ptr<const E>(p.norm_w), nullptr, p.eps};
   if (p.norm_out) write_norm(p, h);
@@ -52,7 +54,7 @@ DEV void out_proj(const OutProjParams& p) {
     if (token < p.pos_rows) h.add = ptr<const E>(p.pos_embed) + size_t(token) * p.hidden;
   }
   const bool vec = p.hidden % 8 == 0 && aligned16(p.x | p.norm_w | p.pos_embed | p.w);
-  gemv<E>(h, p.rows, p.hidden, (p.hidden + 1) / 2, vec, weight, emit);
+  gemv<E>(h, p.rows, p.hidden, units, vec, weight, emit);
 }
 
 KERNEL(out_proj_plain_f32, OutProjParams, 256, 2) { out_proj<float>(p); }

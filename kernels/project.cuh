@@ -25,13 +25,15 @@ DEV void project(const ProjectParams& p) {
     if (out + 1 < p.hidden) to[1] += round_to<E>(bias ? b + to_f32(bias[out + 1]) : b);
   };
 
+  const uint32_t units = (p.hidden + 1) / 2;
   griddep_launch();
+  if (!TILE) gemv_prefetch<E>(p.inner, units, weight);
   griddep_wait();
   const Raw<E> h{ptr<const E>(p.in)};
   const bool vec = p.inner % 8 == 0 && aligned16(p.in | p.w);
   if (TILE) {
-    gemm_tile<E>(h, p.rows, p.inner, (p.hidden + 1) / 2, vec, weight, emit);
+    gemm_tile<E>(h, p.rows, p.inner, units, vec, weight, emit);
   } else {
-    gemv<E>(h, p.rows, p.inner, (p.hidden + 1) / 2, vec, weight, emit);
+    gemv<E>(h, p.rows, p.inner, units, vec, weight, emit);
   }
 }

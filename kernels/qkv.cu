@@ -57,10 +57,11 @@ DEV void qkv(const QkvParams& p) {
     to[j + half] = from_f32<E>(b);
   };
 
+  const uint32_t units = (p.heads_q + 2 * p.heads_kv) * half;
   griddep_launch();
+  if (!TILE) gemv_prefetch<E>(p.hidden, units, weight);
   griddep_wait();
   const Normed<E> h{ptr<const float>(p.x), ptr<const E>(p.norm_w), nullptr, p.eps};
-  const uint32_t units = (p.heads_q + 2 * p.heads_kv) * half;
   const bool vec = p.hidden % 8 == 0 && aligned16(p.x | p.norm_w | p.w);
   if (TILE) {
     gemm_tile<E>(h, p.rows, p.hidden, units, vec, weight, emit);

@@ -12,11 +12,16 @@ mod files {
             include_bytes!(concat!(env!("CARGO_MANIFEST_DIR"), "/tools/demo/model/", $name))
         };
     }
-    pub const CONFIG: &[u8] = file!("config.json");
+    macro_rules! text {
+        ($name:literal) => {
+            include_str!(concat!(env!("CARGO_MANIFEST_DIR"), "/tools/demo/model/", $name))
+        };
+    }
+    pub const CONFIG: &str = text!("config.json");
     pub const WEIGHTS: &[u8] = file!("model.safetensors");
     pub const TOKENIZER: &[u8] = file!("tokenizer.json");
     pub const TOKENIZER_CONFIG: &[u8] = file!("tokenizer_config.json");
-    pub const VAE_CONFIG: &[u8] = file!("vae/config.json");
+    pub const VAE_CONFIG: &str = text!("vae/config.json");
     pub const VAE_WEIGHTS: &[u8] = file!("vae/model.safetensors");
 }
 
@@ -31,17 +36,17 @@ pub fn load(device: Arc<dyn Device>, options: EngineOptions) -> Result<Engine> {
     use crate::weights::Checkpoint;
     use std::path::Path;
     let origin = Path::new("<embedded demo model>");
-    let config = ModelConfig::parse(files::CONFIG, &origin.join("config.json"))?;
-    let vae_config = VaeConfig::parse(files::VAE_CONFIG, &origin.join("vae/config.json"))?;
-    let checkpoint = Checkpoint::from_bytes("<embedded demo model>/model.safetensors", files::WEIGHTS.into())?;
-    let vae = Checkpoint::from_bytes("<embedded demo model>/vae/model.safetensors", files::VAE_WEIGHTS.into())?;
+    let config = ModelConfig::parse(&origin.join("config.json"), files::CONFIG)?;
+    let vae_config = VaeConfig::parse(&origin.join("vae/config.json"), files::VAE_CONFIG)?;
+    let checkpoint = Checkpoint::from_bytes("<embedded demo model>/model.safetensors", files::WEIGHTS)?;
+    let vae = Checkpoint::from_bytes("<embedded demo model>/vae/model.safetensors", files::VAE_WEIGHTS)?;
     let tokenizer_files = TokenizerFiles {
         tokenizer: files::TOKENIZER,
         tokenizer_config: Some(files::TOKENIZER_CONFIG),
         special_tokens_map: None,
     };
     let tokenizer = Tokenizer::from_bytes(tokenizer_files, origin, crate::engine::token_ids(&config))?;
-    Engine::assemble(NAME.into(), (config, &checkpoint), (vae_config, &vae), tokenizer, device, options)
+    Engine::assemble(NAME.into(), (config, checkpoint), (vae_config, vae), tokenizer, device, options)
 }
 
 /// Says that this build carries no demo model.

@@ -2,16 +2,16 @@
 
 use crate::device::{Device, DeviceInfo};
 use crate::error::{Error, Result};
+use crate::model::backbone::rope_frequencies;
 use crate::model::config::{ModelConfig, VaeConfig, check_vae_match, resolve_vae_dir};
+use crate::model::flow_head::DrawSource;
 use crate::model::nextstep::NextStep;
 use crate::model::run::{self, Draws, RunSpec};
-use crate::model::backbone::rope_frequencies;
-use crate::model::flow_head::DrawSource;
 use crate::ops::{DType, Selection};
-use crate::prompt::{Grid, Prompt, build_rows};
-use crate::request::{Defaults, GenerateRequest, Limits};
+use crate::prompt::{Prompt, build_rows};
+use crate::request::{Defaults, GenerateRequest, Limits, RequestFields};
 use crate::rng::DrawPlan;
-use crate::sampler::{Branches, Solver, guidance_table, sinusoids};
+use crate::sampler::sinusoids;
 use crate::session::Session;
 use crate::tokenizer::{ModelTokenIds, Tokenizer};
 use crate::weights::{Checkpoint, ModelWeights, OpenOptions, VaeWeights};
@@ -139,22 +139,23 @@ impl Engine {
         let checkpoint = Checkpoint::open(dir, open)?;
         let vae_checkpoint = Checkpoint::open(&vae_dir, open)?;
         let tokenizer = Tokenizer::from_dir(dir, token_ids(&config))?;
-        let name = dir.file_name().map_or_else(|| dir.display().to_string(), |n| n.to_string_lossy().into_owned());
-        Engine::assemble(name, (config, &checkpoint), (vae_config, &vae_checkpoint), tokenizer, device, options)
+        let name =
+            dir.file_name().map_or_else(|| dir.display().to_string(), |n| n.to_string_lossy().into_owned());
+        Engine::assemble(name, (config, checkpoint), (vae_config, vae_checkpoint), tokenizer, device, options)
     }
 
     /// Builds an engine from opened parts.
     pub(crate) fn assemble(
         name: String,
-        (config, checkpoint): (ModelConfig, &Checkpoint),
-        (vae_config, vae_checkpoint): (VaeConfig, &Checkpoint),
+        (config, checkpoint): (ModelConfig, Checkpoint),
+        (vae_config, vae_checkpoint): (VaeConfig, Checkpoint),
         tokenizer: Tokenizer,
         device: Arc<dyn Device>,
         options: EngineOptions,
     ) -> Result<Engine> {
         check_vae_match(&config, &vae_config)?;
-        let weights = ModelWeights::new(&config, checkpoint)?;
-        let vae_weights = VaeWeights::new(&vae_config, vae_checkpoint)?;
+        let weights = ModelWeights::new(checkpoint, &config)?;
+        let vae_weights = VaeWeights::new(vae_checkpoint, &vae_config)?;
         let mut stream = device.stream()?;
         let model = NextStep::load(
             &device,
@@ -163,7 +164,7 @@ impl Engine {
             (&vae_config, &vae_weights),
             options.dtype,
         )?;
-        let defaults = Defaults::for_config(&config);
+        let defaults = Defaults::for_checkpoint(&name, config.hidden_size);
         Ok(Engine { device, model: Arc::new(model), options, tokenizer, name, defaults })
     }
 
@@ -185,7 +186,7 @@ impl Engine {
     /// What requests to this model are checked against.
     pub fn limits(&self) -> Limits {
         Limits::new(
-            self.model.down_factor(),
+            self.model.down_factor() as u32,
             match self.model.config.use_gen_pos_embed {
                 true => Some(self.model.backbone.pos_rows()),
                 false => None,
@@ -198,6 +199,12 @@ impl Engine {
         Ok(self.prepare(request)?.plan)
     }
 
+    /// A request with this model's defaults and a random seed.
+    pub fn request(&self, prompt: &str) -> Result<GenerateRequest> {
+        let fields = RequestFields { prompt: Some(prompt.into()), ..RequestFields::default() };
+        fields.resolve(&self.defaults)
+    }
+
     /// A new session.
     pub fn session(self: &Arc<Engine>) -> Session {
         Session::new(self.clone())
@@ -205,12 +212,12 @@ impl Engine {
 
     /// Validates a request and does its host arithmetic.
     pub(crate) fn prepare(&self, request: &GenerateRequest) -> Result<Prepared> {
-        request.validate(&self.limits())?;
+        let limits = self.limits();
+        request.validate(&limits)?;
         let config = &self.model.config;
         let sampler = &request.sampler;
-        let branches = Branches::from_scales(sampler.guidance_scale, sampler.image_guidance_scale)?;
-        let down = self.model.down_factor();
-        let target = Grid::from_pixels(request.width, request.height, down as u32)?;
+        let branches = sampler.branches()?;
+        let target = request.grid(&limits)?;
         let grid = (target.height as usize, target.width as usize);
         let prompt = Prompt {
             caption: &request.prompt,
@@ -223,7 +230,7 @@ impl Engine {
         let generation = sampler.sampler.generation();
         let rows = build_rows(&self.tokenizer, generation, &prompt, MAX_POSITIONS)?;
         let images = request.n as usize;
-        let solver = Solver::new(sampler.sampler, sampler.steps, sampler.timesteps_shift, sampler.noise_level)?;
+        let solver = sampler.solver()?;
         let times = match self.options.dtype {
             DType::F32 => solver.times.clone(),
             DType::Bf16 => solver.times_bf16(),
@@ -248,12 +255,7 @@ impl Engine {
             grid,
             steps: solver.steps.iter().map(Into::into).collect(),
             sinusoid: sinusoids(&times),
-            guidance: guidance_table(
-                sampler.guidance_schedule,
-                sampler.guidance_scale,
-                sampler.image_guidance_scale,
-                tokens,
-            ),
+            guidance: sampler.guidance(tokens),
             draws_per_token: draws.draws_per_token as usize,
             draws: Draws::Philox(DrawSource {
                 seed: draws.seed,

@@ -9,6 +9,7 @@ pub type Result<T, E = Error> = std::result::Result<T, E>;
 /// Everything that can go wrong, by cause.
 #[derive(Debug, thiserror::Error)]
 #[non_exhaustive]
+#[expect(missing_docs, reason = "every variant's message names its fields")]
 pub enum Error {
     /// A request field is outside what the engine (or the official code) defines.
     #[error("invalid request: {field}: {reason}")]

@@ -1,6 +1,48 @@
-//! warpstep: NextStep-1 on one Hopper GPU.
+//! NextStep-1 on one Hopper GPU: hand-written CUDA kernels and a thin executor.
+//!
+//! One image, from prompt to pixels:
+//!
+//! ```text
+//! request ─ prompt ─► token ids per guidance branch (ragged, no padding)
+//!         ─ prefill: embed → layers × {qkv → attention → o_proj → gate_up → down}      rows = prompt tokens
+//!    ┌──► token loop, one node list, replayed unchanged:
+//!    │      out_proj (final norm, projector) → cond_embed → flow_modulation (all evaluations at once)
+//!    │      randn → flow_chain (N evaluations, guidance, solver, image_in_projector) → token
+//!    │      layers × {qkv → attention → o_proj → gate_up → down} → advance             rows = sequences
+//!    └───── position, token index and lengths live in device memory
+//!         ─ unpatchify → VAE decoder → to_rgb8 ─► PNG
+//! ```
+//!
+//! # Layers
+//!
+//! `bin → engine, session → model → ops → device → kernels`. A lower layer never names an upper one.
+//! [`sampler`], [`prompt`], [`rng`], [`image`] and [`weights`] are leaves: no device code in them.
+//! [`mod@reference`] is the slow obvious version of every op, [`verify`] compares whole stages with tensors recorded
+//! from the official code.
+//!
+//! | module | owns |
+//! |---|---|
+//! | [`engine`] | a loaded model on a device, validation, the plan of a request |
+//! | [`session`] | the token loop: events, cancel, checks |
+//! | [`model`] | configs, weights on the device, the order of ops, the memory plan |
+//! | [`ops`] | one op per file: shapes, geometry, declared reads and writes; the registry and the test harness |
+//! | [`device`] | memory, node lists, replay; the emulated device |
+//!
+//! # Threads
+//!
+//! An [`engine::Engine`] is shared freely; each [`session::Session`] is used by one thread at a time.
+//!
+//! # Promises to a host process
+//!
+//! Errors are values ([`Error`]). The library never prints, installs no handlers, opens no sockets, executes nothing
+//! from checkpoints, and allocates no more device memory than [`engine::Engine::plan`] says.
+#![warn(missing_docs)]
+
+pub mod demo;
 pub mod device;
+pub mod engine;
 pub mod error;
+pub mod event;
 pub mod image;
 pub mod model;
 pub mod ops;
@@ -9,6 +51,9 @@ pub mod reference;
 pub mod request;
 pub mod rng;
 pub mod sampler;
+pub mod session;
 pub mod tokenizer;
+pub mod verify;
 pub mod weights;
+
 pub use error::{Error, Result};

@@ -107,9 +107,9 @@ pub struct SolverStep {
 /// The plan of one image token's sampling: N evaluations of the network, at these times, with these updates.
 #[derive(Clone, Debug, PartialEq)]
 pub struct Solver {
-    /// t_k of evaluation k, [N], as float32 in the official code.
+    /// t_k of evaluation k, `[N]`, as float32 in the official code.
     pub times: Vec<f32>,
-    /// What follows evaluation k, [N].
+    /// What follows evaluation k, `[N]`.
     pub steps: Vec<SolverStep>,
 }
 

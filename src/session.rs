@@ -1,7 +1,7 @@
 //! One generation at a time: the token loop, its events, cancellation and checks.
 //!
 //! The loop replays one node list per image token and never waits for the host inside a row of tokens: at most
-//! [`TOKENS_IN_FLIGHT`] tokens are enqueued beyond the last completed event. Progress, cancel and the check for
+//! `TOKENS_IN_FLIGHT` tokens are enqueued beyond the last completed event. Progress, cancel and the check for
 //! non-finite values act on events.
 
 use crate::device::{Event as DeviceEvent, Executable};

@@ -102,6 +102,33 @@ fn golden_models_bind_mapped_and_read() {
 }
 
 #[test]
+fn a_sharded_model_equals_the_single_file() {
+    let dir = tempfile::tempdir().unwrap();
+    let whole = open_model(&golden("tiny-a"), true).unwrap();
+    let parts = take_apart(whole.checkpoint());
+    let mut weight_map = BTreeMap::new();
+    for shard in 0..3 {
+        let mine = parts.iter().enumerate().filter(|(i, _)| i % 3 == shard).map(|(_, part)| part);
+        let mine: Parts = mine.map(|(name, part)| (name.clone(), part.clone())).collect();
+        let file = format!("model-{:05}-of-00003.safetensors", shard + 1);
+        weight_map.extend(mine.keys().map(|name| (name.clone(), file.clone())));
+        std::fs::write(dir.path().join(file), put_together(&mine)).unwrap();
+    }
+    let total_size: usize = parts.values().map(|(_, _, bytes)| bytes.len()).sum();
+    let index = serde_json::json!({"metadata": {"total_size": total_size}, "weight_map": weight_map});
+    std::fs::write(dir.path().join("model.safetensors.index.json"), index.to_string()).unwrap();
+    for mmap in [true, false] {
+        let checkpoint = Checkpoint::open(dir.path(), OpenOptions { mmap }).unwrap();
+        let sharded = ModelWeights::new(checkpoint, &tiny_config()).unwrap();
+        assert_eq!(sharded.specs(), whole.specs());
+        for spec in whole.specs() {
+            let (a, b) = (sharded.get(&spec.name).unwrap(), whole.get(&spec.name).unwrap());
+            assert!(convert::to_f32(&a).unwrap() == convert::to_f32(&b).unwrap(), "{}", spec.name);
+        }
+    }
+}
+
+#[test]
 fn both_ways_of_opening_give_the_same_values() {
     for (name, vae) in [("tiny-a", false), ("vae-psz2", true)] {
         let [mapped, read] =

@@ -9,7 +9,7 @@ use warpstep::request::GenerateRequest;
 use warpstep::session::Images;
 
 fn load(options: EngineOptions) -> Arc<Engine> {
-    let device = Arc::new(EmulatedDevice::new(EmulatedOptions::default()));
+    let device = Arc::new(EmulatedDevice::new(EmulatedOptions::default()).unwrap());
     Arc::new(Engine::load(&ModelSource::Demo, device, options).unwrap())
 }
 
@@ -21,7 +21,7 @@ fn engine() -> Arc<Engine> {
 
 /// A small, quick request.
 fn request(engine: &Engine, prompt: &str) -> GenerateRequest {
-    let mut request = engine.defaults().request(prompt);
+    let mut request = engine.request(prompt).unwrap();
     (request.width, request.height) = (48, 32);
     request.sampler.steps = 3;
     request.seed = 11;
@@ -37,11 +37,11 @@ fn the_same_request_gives_the_same_bytes() {
     let engine = engine();
     let request = request(&engine, "a red circle on a blue background");
     let (first, second) = (run(&engine, &request), run(&engine, &request));
-    assert_eq!(first.images[0].data, second.images[0].data);
+    assert_eq!(first.images[0].data(), second.images[0].data());
     let mut other = request.clone();
     other.seed = 12;
-    assert_ne!(first.images[0].data, run(&engine, &other).images[0].data);
-    assert_eq!((first.images[0].width, first.images[0].height), (48, 32));
+    assert_ne!(first.images[0].data(), run(&engine, &other).images[0].data());
+    assert_eq!((first.images[0].width(), first.images[0].height()), (48, 32));
 }
 
 #[test]
@@ -55,11 +55,11 @@ fn every_image_of_a_batch_is_what_it_is_alone() {
         let mut alone = request.clone();
         (alone.n, alone.first_image) = (1, index);
         assert!(
-            run(&engine, &alone).images[0].data == batch.images[index as usize].data,
+            run(&engine, &alone).images[0].data() == batch.images[index as usize].data(),
             "image {index} of the batch differs from the same image made alone"
         );
     }
-    assert_ne!(batch.images[0].data, batch.images[1].data);
+    assert_ne!(batch.images[0].data(), batch.images[1].data());
 }
 
 #[test]
@@ -68,7 +68,7 @@ fn buffers_filled_with_nan_after_their_life_change_nothing() {
     let request = request(&engine, "a green square on a white background");
     let plain = run(&engine, &request);
     let poisoned = load(EngineOptions { poison_dead_buffers: true, ..EngineOptions::default() });
-    assert!(run(&poisoned, &request).images[0].data == plain.images[0].data);
+    assert!(run(&poisoned, &request).images[0].data() == plain.images[0].data());
 }
 
 #[test]
@@ -81,8 +81,11 @@ fn every_sampler_and_branch_count_makes_a_picture() {
             request.sampler.sampler = sampler;
             request.sampler.guidance_scale = cfg;
             let images = run(&engine, &request);
-            let first = images.images[0].data[0];
-            assert!(images.images[0].data.iter().any(|&p| p != first), "{sampler:?}, cfg {cfg}: one flat colour");
+            let first = images.images[0].data()[0];
+            assert!(
+                images.images[0].data().iter().any(|&p| p != first),
+                "{sampler:?}, cfg {cfg}: one flat colour"
+            );
         }
     }
 }
@@ -110,8 +113,17 @@ fn events_come_in_order_and_count_every_token() {
         })
         .unwrap();
     let expected = [
-        "started 6", "token 1/6", "token 2/6", "token 3/6", "rows 1/2", "token 4/6", "token 5/6", "token 6/6",
-        "rows 2/2", "image 0", "finished",
+        "started 6",
+        "token 1/6",
+        "token 2/6",
+        "token 3/6",
+        "rows 1/2",
+        "token 4/6",
+        "token 5/6",
+        "token 6/6",
+        "rows 2/2",
+        "image 0",
+        "finished",
     ];
     assert_eq!(log, expected);
 }
@@ -187,10 +199,10 @@ fn the_plan_is_known_before_and_a_budget_refuses() {
 fn two_sessions_on_two_threads_do_not_disturb_each_other() {
     let engine = engine();
     let requests = [request(&engine, "a red circle on blue"), request(&engine, "two green squares on black")];
-    let alone: Vec<_> = requests.iter().map(|r| run(&engine, r).images[0].data.clone()).collect();
+    let alone: Vec<_> = requests.iter().map(|r| run(&engine, r).images[0].data().to_vec()).collect();
     let together: Vec<_> = std::thread::scope(|scope| {
         let handles: Vec<_> =
-            requests.iter().map(|r| scope.spawn(|| run(&engine, r).images[0].data.clone())).collect();
+            requests.iter().map(|r| scope.spawn(|| run(&engine, r).images[0].data().to_vec())).collect();
         handles.into_iter().map(|h| h.join().unwrap()).collect()
     });
     assert_eq!(alone, together);

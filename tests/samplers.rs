@@ -98,7 +98,7 @@ fn recorded_velocities_lead_to_the_recorded_states() {
 
 #[test]
 fn times_and_guidance_of_every_pipeline_case() {
-    let bytes = golden("schedules.safetensors");
+    let bytes = golden("../schedules.safetensors");
     let file = SafeTensors::deserialize(&bytes).unwrap();
     let mut checked = 0;
     for case in cases().iter().filter(|case| case["kind"] == "pipeline") {

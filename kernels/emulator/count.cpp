@@ -70,7 +70,7 @@ void observe_launch(Launch& l) {
 
 void observe(const void* p, size_t bytes, Access access, uint64_t) {
   const Fiber* f = current();
-  if (!f || static_cast<size_t>(static_cast<const char*>(p) - f->stack) < kStackBytes ||
+  if (!f || is_thread_state(f, p, *runner->launch->request) ||
       static_cast<size_t>(static_cast<const char*>(p) - f->block->shared) < kArenaBytes)
     return;
   LaunchObservations& seen = *runner->launch->observations;

@@ -98,6 +98,15 @@ EMU_CALLBACK inline void butterfly(void* const* arg, uint32_t) {
   }
   for (int i = 0; i < 32; i++) *static_cast<float*>(arg[i]) = v[i];
 }
+// N butterflies as one collective: arg[lane] points to the lane's N values.
+template <int N>
+EMU_CALLBACK inline void butterflies(void* const* arg, uint32_t mask) {
+  void* column[32];
+  for (int n = 0; n < N; n++) {
+    for (int i = 0; i < 32; i++) column[i] = static_cast<float*>(arg[i]) + n;
+    butterfly<32, false>(column, mask);
+  }
+}
 
 }  // namespace emu
 
@@ -128,6 +137,10 @@ DEV float warp_sum(float v SITE_) {
   emu::warp_collective(emu::butterfly<W, false>, &v, FULL, false, "warp_sum", site);
   return v;
 }
+template <int N>
+DEV void warp_sum_all(float (&v)[N] SITE_) {
+  emu::warp_collective(emu::butterflies<N>, v, FULL, false, "warp_sum_all", site);
+}
 template <int W = 32>
 DEV float warp_max(float v SITE_) {
   emu::warp_collective(emu::butterfly<W, true>, &v, FULL, false, "warp_max", site);
@@ -140,6 +153,7 @@ inline void require_aligned(const void* p, size_t bytes, Site site) {
   if (reinterpret_cast<uintptr_t>(p) % bytes) fail(site, "misaligned %zu-byte access at %p", bytes, p);
 }
 }  // namespace emu
+DEV void prefetch_l2(const void*) {}
 DEV v4u ld_nc_v4(const void* p SITE_) {
   emu::require_aligned(p, 16, site);
   v4u v;

@@ -236,18 +236,13 @@ void observe_global(Fiber* f, uintptr_t from, size_t bytes, Access access, uint6
   });
 }
 
-bool in_params(const void* p) {
-  const WarpstepEmuLaunch& l = *runner->launch->request;
-  return static_cast<size_t>(static_cast<const char*>(p) - static_cast<const char*>(l.params)) < l.params_bytes;
-}
-
 }  // namespace
 
 void observe(const void* p, size_t bytes, Access access, uint64_t origin) {
   Fiber* f = current();
   if (!f || runner->failed) return;
   const char* start = static_cast<const char*>(p);
-  if (static_cast<size_t>(start - f->stack) < kStackBytes || in_params(p)) return;
+  if (is_thread_state(f, p, *runner->launch->request)) return;
   if (static_cast<size_t>(start - f->block->shared) < kArenaBytes)
     return observe_shared(f, f->block, start, bytes, access, origin);
   if (f->cluster_size > 1)

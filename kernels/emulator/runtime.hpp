@@ -178,6 +178,16 @@ struct Runner {
 extern constinit thread_local Runner* runner;
 
 inline Fiber* current() { return static_cast<Fiber*>(self); }
+
+// Whether instrumented code at `p` touches no device memory but the thread's own stack, its parameters, or what
+// stands for its special registers.
+inline bool is_thread_state(const Fiber* f, const void* p, const WarpstepEmuLaunch& l) {
+  auto within = [p](const void* start, size_t bytes) {
+    return static_cast<size_t>(static_cast<const char*>(p) - static_cast<const char*>(start)) < bytes;
+  };
+  return within(f->stack, kStackBytes) || within(&self, sizeof self) || within(f, sizeof *f) ||
+         within(l.params, l.params_bytes);
+}
 const char* base_name(const char* path);
 std::string site_text(Site);
 bool on_fiber_stack(const Runner&, const void* p);

@@ -70,7 +70,8 @@ const ALIGNMENT: usize = 256;
 impl Layout {
     /// Plans `elements` of `element_bytes` each; lowest address that is free for the whole of `life`.
     pub fn add(&mut self, label: &str, elements: usize, element_bytes: usize, life: Life) -> Result<Slot> {
-        let too_large = || Error::Internal(format!("buffer {label}: {elements} x {element_bytes} bytes overflow"));
+        let too_large =
+            || Error::Internal(format!("buffer {label}: {elements} x {element_bytes} bytes overflow"));
         let bytes = elements.checked_mul(element_bytes).ok_or_else(too_large)?;
         let padded = bytes.max(1).checked_next_multiple_of(ALIGNMENT).ok_or_else(too_large)?;
         let mut taken: Vec<(usize, usize)> = self
@@ -145,9 +146,8 @@ mod tests {
             Life::between(Stage::Prefill, Stage::Decode),
             Life::only(Stage::Decode),
         ];
-        let slots: Vec<Slot> = (0..20)
-            .map(|i| layout.add("b", 100 + 37 * i, 4, lives[i % lives.len()]).unwrap())
-            .collect();
+        let slots: Vec<Slot> =
+            (0..20).map(|i| layout.add("b", 100 + 37 * i, 4, lives[i % lives.len()]).unwrap()).collect();
         for (i, a) in layout.planned.iter().enumerate() {
             assert!(a.offset % ALIGNMENT == 0 && a.offset + a.bytes <= layout.bytes());
             for b in &layout.planned[i + 1..] {

@@ -92,7 +92,7 @@ pub struct Cache {
 
 impl Backbone {
     /// Uploads the transformer's weights.
-    pub fn load(config: &ModelConfig, weights: &ModelWeights<'_>, up: &mut Uploader<'_>) -> Result<Backbone> {
+    pub fn load(config: &ModelConfig, weights: &ModelWeights, up: &mut Uploader<'_>) -> Result<Backbone> {
         let optional = |up: &mut Uploader<'_>, name: &str| match weights.find(name) {
             Some(view) => up.one(name, &view).map(Some),
             None => Ok(None),
@@ -289,7 +289,10 @@ impl Backbone {
     }
 
     /// Final norm, position row and `image_out_projector`: residual `x [S, D]` to condition `c [S, D]`.
-    #[expect(clippy::too_many_arguments, reason = "each is a buffer of its own; a struct would only rename them")]
+    #[expect(
+        clippy::too_many_arguments,
+        reason = "each is a buffer of its own; a struct would only rename them"
+    )]
     pub fn record_condition(
         &self,
         launch: &Launch<'_>,

@@ -139,7 +139,7 @@ pub struct DrawSource {
 
 impl FlowHead {
     /// Uploads the flow head's weights.
-    pub fn load(config: &ModelConfig, weights: &ModelWeights<'_>, up: &mut Uploader<'_>) -> Result<FlowHead> {
+    pub fn load(config: &ModelConfig, weights: &ModelWeights, up: &mut Uploader<'_>) -> Result<FlowHead> {
         let blocks = config.fm_head_layers;
         let net = |part: &str| format!("image_head.net.{part}");
         let mut one = |name: String| -> Result<Span> { up.one(&name, &weights.get(&name)?) };
@@ -189,7 +189,7 @@ impl FlowHead {
             next_bias,
             dims: FlowDims {
                 width: config.fm_head_dim,
-                mlp_width: weights.flow_mlp_width(),
+                mlp_width: weights.flow_mlp_dim(),
                 blocks,
                 token_dim: config.token_dim(),
                 hidden: config.hidden_size,

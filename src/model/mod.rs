@@ -1,3 +1,10 @@
 //! What the model is: its configuration, and from there its parts.
 
+pub mod arena;
+pub mod backbone;
 pub mod config;
+pub mod flow_head;
+pub mod nextstep;
+pub mod run;
+pub mod upload;
+pub mod vae;

@@ -34,14 +34,14 @@ impl NextStep {
     pub fn load(
         device: &Arc<dyn Device>,
         stream: &mut dyn Stream,
-        (config, weights): (&ModelConfig, &ModelWeights<'_>),
-        (vae_config, vae_weights): (&VaeConfig, &VaeWeights<'_>),
+        (config, weights): (&ModelConfig, &ModelWeights),
+        (vae_config, vae_weights): (&VaeConfig, &VaeWeights),
         dtype: DType,
     ) -> Result<NextStep> {
         let mut up = Uploader::new(device.clone(), stream, dtype);
         let backbone = Backbone::load(config, weights, &mut up)?;
         let flow = FlowHead::load(config, weights, &mut up)?;
-        let vae = VaeDecoder::load(vae_config, vae_weights, &mut up)?;
+        let vae = VaeDecoder::load(vae_config, vae_weights, config.latent_patch_size, &mut up)?;
         let (buffers, bytes) = up.finish();
         stream.synchronize()?;
         Ok(NextStep {

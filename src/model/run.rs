@@ -143,7 +143,10 @@ fn plan_memory(model: &NextStep, info: &DeviceInfo, spec: &RunSpec) -> Result<Pl
     let (sequences, images) = (spec.prompts.len(), spec.images);
     let dims = model.flow.dims;
     if sequences == 0 || sequences != images * spec.branches {
-        return Err(Error::Internal(format!("{sequences} prompts for {images} x {} sequences", spec.branches)));
+        return Err(Error::Internal(format!(
+            "{sequences} prompts for {images} x {} sequences",
+            spec.branches
+        )));
     }
     check_sizes(&dims, spec.steps.len(), sequences)?;
     let rows: usize = spec.prompts.iter().map(Vec::len).sum();
@@ -159,12 +162,7 @@ fn plan_memory(model: &NextStep, info: &DeviceInfo, spec: &RunSpec) -> Result<Pl
         .try_fold(1usize, usize::checked_mul)
         .ok_or_else(|| Error::request("size", "the key/value cache overflows"))?;
     // By branches, not rows: the order of summation, and so the bits, must not depend on the batch.
-    let splits = ops::attention::splits(
-        info.sm_count,
-        spec.branches,
-        config.num_key_value_heads,
-        capacity,
-    );
+    let splits = ops::attention::splits(info.sm_count, spec.branches, config.num_key_value_heads, capacity);
     let q_values = config.num_attention_heads * config.head_dim;
     let mut layout = Layout::default();
     let prefill = Life::only(Stage::Prefill);
@@ -230,7 +228,12 @@ fn plan_memory(model: &NextStep, info: &DeviceInfo, spec: &RunSpec) -> Result<Pl
                 let all = Life::ALWAYS;
                 Some(TapSlots {
                     norm: layout.add("tap.norm", rows.max(sequences) * config.hidden_size, element, all)?,
-                    scratch: layout.add("tap.scratch", rows.max(sequences) * config.hidden_size, element, all)?,
+                    scratch: layout.add(
+                        "tap.scratch",
+                        rows.max(sequences) * config.hidden_size,
+                        element,
+                        all,
+                    )?,
                     forced_x: layout.add("tap.forced_x", per_step * images, float, all)?,
                     v_raw: layout.add("tap.v_raw", per_step * sequences, float, all)?,
                     v: layout.add("tap.v", per_step * images, float, all)?,
@@ -319,6 +322,7 @@ impl Run {
         let identity: Vec<u32> = (0..sequences as u32).collect();
         let rope = rope_table(&spec.frequencies, self.cache.positions, self.model.dtype);
         let guidance: Vec<f32> = spec.guidance.concat();
+        let (state, barrier) = (GenerationState::default(), GridBarrier::default());
         let s = &self.slots;
         let uploads: [(Slot, &[u8]); 12] = [
             (s.ids, bytemuck::cast_slice(&ids)),
@@ -332,8 +336,8 @@ impl Run {
             (s.rope_offset, bytemuck::cast_slice(&spec.rope_offset)),
             (s.steps_table, bytemuck::cast_slice(&spec.steps)),
             (s.guidance, bytemuck::cast_slice(&guidance)),
-            (s.state, bytemuck::bytes_of(&GenerationState::default())),
-            (s.barrier, bytemuck::bytes_of(&GridBarrier::default())),
+            (s.state, bytemuck::bytes_of(&state)),
+            (s.barrier, bytemuck::bytes_of(&barrier)),
         ];
         for (slot, bytes) in uploads {
             let span = self.arena.span(slot);
@@ -345,7 +349,11 @@ impl Run {
         if let Draws::Recorded(draws) = &spec.draws {
             let span = self.arena.span(self.slots.draws);
             if draws.len() * 4 != span.bytes {
-                return Err(Error::Internal(format!("{} recorded draws for {}", draws.len(), span.bytes / 4)));
+                return Err(Error::Internal(format!(
+                    "{} recorded draws for {}",
+                    draws.len(),
+                    span.bytes / 4
+                )));
             }
             self.stream.upload(span.ptr, bytemuck::cast_slice(draws))?;
         }
@@ -650,4 +658,48 @@ pub struct RunBuffers {
     pub norm: Option<Span>,
     /// Taps of the sampler; verification only.
     pub taps: FlowTaps,
+}
+
+#[cfg(all(test, feature = "demo-model"))]
+mod tests {
+    use super::*;
+    use crate::device::emulated::{EmulatedDevice, EmulatedOptions, ReplayOrder};
+    use crate::engine::{Engine, EngineOptions, ModelSource};
+
+    /// Two tokens of the demo model with the replays in `order`; `cut` drops one edge of the token list first.
+    fn tokens(order: ReplayOrder, cut: Option<(usize, usize)>) -> Vec<u8> {
+        let options = EmulatedOptions { replay_order: order, ..EmulatedOptions::default() };
+        let device: Arc<dyn Device> = Arc::new(EmulatedDevice::new(options).unwrap());
+        let engine = Engine::load(&ModelSource::Demo, device.clone(), EngineOptions::default()).unwrap();
+        let mut request = engine.request("a red circle on a blue background").unwrap();
+        (request.width, request.height, request.seed) = (32, 16, 3);
+        request.sampler.steps = 2;
+        let spec = engine.prepare(&request).unwrap().spec;
+        let mut run = Run::new(engine.model.clone(), &device, Selection::default(), spec).unwrap();
+        let prefill = run.record_prefill(true).unwrap();
+        let mut token = run.record_token(false).unwrap();
+        if let Some((from, to)) = cut {
+            token.remove_edge(from, to).unwrap();
+        }
+        let last = run.record_token(true).unwrap();
+        for list in [prefill, token, last] {
+            let executable = run.stream().instantiate(Arc::new(list)).unwrap();
+            run.stream().replay(executable.as_ref()).unwrap();
+        }
+        let span = run.buffers().tokens;
+        let mut bytes = vec![0; span.bytes];
+        run.stream().download(span.ptr, &mut bytes).unwrap();
+        bytes
+    }
+
+    #[test]
+    fn every_legal_order_gives_the_same_bytes_and_a_deleted_edge_is_caught() {
+        let expected = tokens(ReplayOrder::Recorded, None);
+        for seed in 0..6 {
+            assert!(tokens(ReplayOrder::Legal(seed), None) == expected, "order {seed}");
+        }
+        // Node 1 embeds the condition that node 0 makes.
+        let caught = (0..12).any(|seed| tokens(ReplayOrder::Legal(seed), Some((0, 1))) != expected);
+        assert!(caught, "no order showed the missing edge");
+    }
 }

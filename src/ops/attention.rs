@@ -3,7 +3,7 @@
 //! `plain` gives every (row, kv head) one block: prompts have enough of them. `splitkv` cuts the slots of a row
 //! into ranges, for decoding, where rows are few and caches long.
 
-use super::harness::{Case, Check, Rig, Scale, compare};
+use super::harness::{Case, Check, Rig, Scale, compare, within};
 use super::params::AttentionParams;
 use super::shared::{self, Checks};
 use super::{DType, Launch, Op, Variant, div_ceil};
@@ -312,7 +312,8 @@ fn run(rig: &mut Rig, launch: &Launch, s: &Shape) -> Result<Vec<Check>> {
     )?;
     rig.run(&launched)?;
     let first = rig.read(out, dtype)?;
-    // A second launch on the same scratch: the counters must have been left at zero.
+    // A second launch on the same scratch: the counters must have been left at zero, the bits must be the same.
+    let counters: Vec<f32> = rig.read_bytes(arrivals)?.iter().map(|&b| b.into()).collect();
     rig.run(&launched)?;
     let second = rig.read(out, dtype)?;
 
@@ -333,7 +334,10 @@ fn run(rig: &mut Rig, launch: &Launch, s: &Shape) -> Result<Vec<Check>> {
         DType::F32 => attention::<PlainF32>(&inputs),
         DType::Bf16 => attention::<PlainBf16>(&inputs),
     };
-    let mut checks = vec![compare("out", dtype, &first, &exact, &plain)];
+    let mut checks = vec![
+        compare("out", dtype, &first, &exact, &plain),
+        within("arrivals", &counters, &vec![0.0; counters.len()], 0.0),
+    ];
     if first != second {
         checks.push(compare("out of a second launch", dtype, &second, &exact, &plain));
         if let Some(check) = checks.last_mut() {

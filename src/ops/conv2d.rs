@@ -289,10 +289,13 @@ fn run(rig: &mut Rig, launch: &Launch, shape: &Shape, form: &Form) -> Result<Vec
     rig.run(&node(launch, "conv2d", &args)?)?;
     let got = rig.read(y, dtype)?;
 
+    /// Statistics, gamma, beta, groups, whether swish follows.
+    type HostNorm<'a> = (&'a [f32], &'a [f32], &'a [f32], usize, bool);
+
     fn reference<P: Precision>(
         shape: &Shape,
         x: &[f32],
-        norm: Option<(&[f32], &[f32], &[f32], usize, bool)>,
+        norm: Option<HostNorm<'_>>,
         w: &[f32],
         bias: &[f32],
         residual: Option<&[f32]>,

@@ -167,7 +167,8 @@ fn run(rig: &mut Rig, launch: &Launch, s: Shape) -> Result<Vec<Check>> {
     };
     rig.run(&node(launch, "test.flow_modulation", &args)?)?;
     let got = rig.read(out, dtype)?;
-    let reference = |evaluate: fn(&[f32], &[f32], &[f32], &[f32]) -> Vec<f64>| -> Vec<f64> {
+    type Evaluate = fn(&[f32], &[f32], &[f32], &[f32]) -> Vec<f64>;
+    let reference = |evaluate: Evaluate| -> Vec<f64> {
         let times = time.values.chunks_exact(s.width);
         times
             .flat_map(|t| cond.values.chunks_exact(s.width).map(move |c| (t, c)))
@@ -228,7 +229,7 @@ mod tests {
     #[test]
     fn refuses_what_it_cannot_do() {
         assert!(matches!(built(120_000, 5, DType::Bf16, 1 << 34), Err(Error::Unsupported { .. })));
-        assert!(matches!(built(0, 5, DType::Bf16, 1 << 34), Err(_)));
+        assert!(built(0, 5, DType::Bf16, 1 << 34).is_err());
         assert!(matches!(built(96, 480, DType::Bf16, 1000), Err(Error::Internal(_))));
     }
 }

@@ -169,7 +169,7 @@ impl Selection {
                 .split_once('=')
                 .ok_or_else(|| Error::request("kernel", format!("{item:?} is not of the form OP=VARIANT")))?;
             let op = find(op)?;
-            let variant = op.variant(variant)?;
+            let variant = op.variant(variant).map_err(|e| Error::request("kernel", e.to_string()))?;
             if chosen.iter().any(|(o, _)| *o == op.name) {
                 return Err(Error::request("kernel", format!("op {} is chosen twice", op.name)));
             }

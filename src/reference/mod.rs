@@ -22,6 +22,7 @@ pub mod randn;
 pub mod samplers;
 pub mod to_rgb8;
 pub mod unpatchify;
+pub mod vae;
 pub mod vae_attention;
 
 use num_traits::Float;

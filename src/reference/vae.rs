@@ -56,7 +56,15 @@ impl<P: Precision> Decoder<'_, P> {
                 (self.tap)(&name, &x);
             }
         }
-        self.conv("decoder.conv_out", &x, Some(("decoder.norm_out", true)), VaeConfig::IMAGE_CHANNELS, 3, false, None)
+        self.conv(
+            "decoder.conv_out",
+            &x,
+            Some(("decoder.norm_out", true)),
+            VaeConfig::IMAGE_CHANNELS,
+            3,
+            false,
+            None,
+        )
     }
 
     fn res_block(&mut self, name: &str, x: &Map<P::T>, channels: usize) -> Result<Map<P::T>> {
@@ -77,7 +85,8 @@ impl<P: Precision> Decoder<'_, P> {
     fn attention(&mut self, name: &str, x: &Map<P::T>) -> Result<Map<P::T>> {
         let at = |part: &str| format!("{name}.{part}");
         let norm = at("norm");
-        let mut project = |part: &str| self.conv(&at(part), x, Some((&norm, false)), x.channels, 1, false, None);
+        let mut project =
+            |part: &str| self.conv(&at(part), x, Some((&norm, false)), x.channels, 1, false, None);
         let (q, k, v) = (project("q")?, project("k")?, project("v")?);
         let scale = 1.0 / (x.channels as f32).sqrt();
         let pixels = x.height * x.width;

@@ -61,8 +61,8 @@ impl Models {
         let open = OpenOptions { mmap: true };
         let checkpoint = Checkpoint::open(&key.model, open)?;
         let vae_checkpoint = Checkpoint::open(&key.vae, open)?;
-        let weights = ModelWeights::new(&config, &checkpoint)?;
-        let vae_weights = VaeWeights::new(&vae_config, &vae_checkpoint)?;
+        let weights = ModelWeights::new(checkpoint, &config)?;
+        let vae_weights = VaeWeights::new(vae_checkpoint, &vae_config)?;
         let mut stream = context.device.stream()?;
         let loaded = Arc::new(NextStep::load(
             context.device,

@@ -97,8 +97,7 @@ pub(super) fn run(context: &Context<'_>, models: &mut Models) -> Result<Outcome>
     comparer.tensor("fm.t_net", &network_times(&recording.solver, dtype), "host", Tolerance::Exact)?;
     let selection = context.options.selection.clone();
     let mut run = Run::new(recording.model.clone(), context.device, selection, recording.spec)?;
-    let images = run.spec().images;
-    let mut stages = Stages { case, rows: recording.rows, images, dtype, comparer: &mut comparer };
+    let mut stages = Stages { case, rows: recording.rows, dtype, comparer: &mut comparer };
     stages.prefill(&mut run)?;
     stages.decode(&mut run)?;
     stages.sample(&mut run)?;
@@ -109,9 +108,23 @@ pub(super) fn run(context: &Context<'_>, models: &mut Models) -> Result<Outcome>
 /// The tensors that must have been compared.
 fn required(case: &CaseFile, layers: usize) -> Vec<String> {
     let mut names: Vec<String> = [
-        "input_ids", "attention_mask", "prefill.inputs_embeds", "prefill.norm", "decode.norm", "cond",
-        "decode.inputs_embeds", "cfg_schedule", "fm.t_net", "fm.v_raw", "fm.v", "fm.x_net", "fm.out", "tokens",
-        "latents", "image", "image_u8",
+        "input_ids",
+        "attention_mask",
+        "prefill.inputs_embeds",
+        "prefill.norm",
+        "decode.norm",
+        "cond",
+        "decode.inputs_embeds",
+        "cfg_schedule",
+        "fm.t_net",
+        "fm.v_raw",
+        "fm.v",
+        "fm.x_net",
+        "fm.out",
+        "tokens",
+        "latents",
+        "image",
+        "image_u8",
     ]
     .map(String::from)
     .to_vec();
@@ -182,8 +195,10 @@ fn recorded_draws(case: &CaseFile, tokens: usize, images: usize, per_token: usiz
         return Err(case.invalid(format!("draw.noise has shape {:?}", noise.shape)));
     };
     let recorded_steps = steps.as_ref().map_or(0, |s| s.shape[1]);
-    if t != tokens || images % rows != 0 || recorded_steps + 1 < per_token {
-        return Err(case.invalid(format!("draws {:?}, {recorded_steps} steps for {tokens} tokens", noise.shape)));
+    if t != tokens || !images.is_multiple_of(rows) || recorded_steps + 1 < per_token {
+        return Err(
+            case.invalid(format!("draws {:?}, {recorded_steps} steps for {tokens} tokens", noise.shape))
+        );
     }
     let mut draws = Vec::with_capacity(tokens * per_token * images * k);
     for token in 0..tokens {
@@ -207,7 +222,6 @@ fn recorded_draws(case: &CaseFile, tokens: usize, images: usize, per_token: usiz
 struct Stages<'a, 'b> {
     case: &'a CaseFile,
     rows: PromptRows,
-    images: usize,
     dtype: DType,
     comparer: &'b mut Comparer<'a>,
 }
@@ -309,7 +323,8 @@ impl Stages<'_, '_> {
     fn expected_ids(&self) -> Result<(Vec<f32>, Vec<f32>)> {
         let (_, ids) = self.case.integers("input_ids")?;
         let (_, mask) = self.case.integers("attention_mask")?;
-        let real: Vec<f32> = ids.iter().zip(&mask).filter(|(_, m)| **m == 1).map(|(i, _)| *i as f32).collect();
+        let real: Vec<f32> =
+            ids.iter().zip(&mask).filter(|(_, m)| **m == 1).map(|(i, _)| *i as f32).collect();
         let padding =
             mask.chunks_exact(self.rows.padded).map(|row| row.iter().filter(|m| **m == 0).count() as f32);
         Ok((real, padding.collect()))
@@ -431,7 +446,6 @@ impl Stages<'_, '_> {
         let dtype = self.dtype;
         let (mut v_raw, mut v, mut x, mut x_net, mut out) = (vec![], vec![], vec![], vec![], vec![]);
         let mut embeds = Vec::new();
-        let noise = self.case.tensor("draw.noise")?;
         let states = if self.case.has("fm.x") { Some(self.case.tensor("fm.x")?) } else { None };
         for token in 0..tokens {
             self.rewind(run, token)?;
@@ -439,7 +453,7 @@ impl Stages<'_, '_> {
             run.stream().upload(buffers.condition.ptr, &bytes)?;
             let forced = token < traced_tokens;
             if let (true, Some(span)) = (forced, buffers.taps.forced_x) {
-                let states = self.states_before(token, &traced, &noise, states.as_ref(), steps);
+                let states = self.states_before(token, &traced, states.as_ref());
                 run.stream().upload(span.ptr, bytemuck::cast_slice(&states))?;
                 // What the network is given: the state rounded to the model's dtype.
                 x_net.extend(encode(dtype, states).1);
@@ -465,11 +479,14 @@ impl Stages<'_, '_> {
         self.comparer.tensor("fm.v_raw", &v_raw, "flow_chain", velocity)?;
         self.comparer.tensor("fm.v", &v, "flow_chain", self.guided_tolerance())?;
         if let Some(recorded) = states {
-            let per_token = recorded.shape[1];
-            // August keeps no state after its last step.
-            let row = recorded.values.len() / (traced_tokens * per_token);
-            let kept: Vec<f32> =
-                x.chunks_exact(row * steps).flat_map(|token| token[..row * per_token].to_vec()).collect();
+            // Recorded before every evaluation: the first is the noise, the others follow from our own steps.
+            let count = recorded.shape[1];
+            let row = recorded.values.len() / (traced_tokens * count);
+            let mut kept = Vec::with_capacity(recorded.values.len());
+            for (token, after) in x.chunks_exact(row * steps).enumerate() {
+                kept.extend_from_slice(&recorded.at(token)[..row]);
+                kept.extend_from_slice(&after[..row * (count - 1)]);
+            }
             self.comparer.tensor("fm.x", &kept, "flow_chain", self.guided_tolerance())?;
         }
         self.comparer.tensor("fm.out", &out, "flow_chain", self.guided_tolerance())?;
@@ -489,25 +506,11 @@ impl Stages<'_, '_> {
         }
     }
 
-    /// `[N, B, K]`: the state before every evaluation of a token.
-    fn states_before(
-        &self,
-        token: usize,
-        traced: &Recorded,
-        noise: &Recorded,
-        states: Option<&Recorded>,
-        steps: usize,
-    ) -> Vec<f32> {
-        let Some(states) = states else {
-            return traced.at(token).to_vec();
-        };
-        // fm.x holds the state after each step; before the first it is the initial noise.
-        let width = traced.values.len() / (traced.shape[0] * steps * self.images);
-        let draw_rows = noise.shape[1];
-        let mut before: Vec<f32> = (0..self.images)
-            .flat_map(|image| noise.at(token)[image % draw_rows * width..][..width].to_vec())
-            .collect();
-        before.extend_from_slice(&states.at(token)[..(steps - 1) * self.images * width]);
+    /// `[N, B, K]`: the state before every evaluation of a token. Where float32 states are recorded apart from
+    /// what the network was given, August lacks the last one.
+    fn states_before(&self, token: usize, traced: &Recorded, states: Option<&Recorded>) -> Vec<f32> {
+        let mut before = states.map(|s| s.at(token).to_vec()).unwrap_or_default();
+        before.extend_from_slice(&traced.at(token)[before.len()..]);
         before
     }
 

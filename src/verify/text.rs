@@ -108,12 +108,11 @@ pub(super) fn prompts(path: &Path, root: &Path) -> Result<Vec<Line>> {
     Ok(lines)
 }
 
+/// Ids, or mask, of every row of a batch.
+type Rows = Vec<Vec<u32>>;
+
 /// A batch as the official code lays it out: branch by branch, caption by caption, image by image; padded left.
-fn batch(
-    case: &Value,
-    tokenizer: &Tokenizer,
-    generation: Generation,
-) -> Result<(Vec<Vec<u32>>, Vec<Vec<u32>>)> {
+fn batch(case: &Value, tokenizer: &Tokenizer, generation: Generation) -> Result<(Rows, Rows)> {
     let argument = |key: &str| case.get("args").and_then(|a| a.get(key));
     let captions: Vec<&str> = match argument("captions") {
         Some(Value::String(caption)) => vec![caption],
@@ -142,7 +141,8 @@ fn batch(
             target,
             branches,
         };
-        for (row, rows) in build_rows(tokenizer, generation, &prompt, POSITIONS)?.into_iter().zip(&mut by_branch)
+        for (row, rows) in
+            build_rows(tokenizer, generation, &prompt, POSITIONS)?.into_iter().zip(&mut by_branch)
         {
             rows.extend(std::iter::repeat_n(row, repeat));
         }

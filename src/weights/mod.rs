@@ -20,7 +20,7 @@ pub use names::{ModelWeights, model_tensors};
 pub use slots::{Part, TensorSpec};
 pub use source::OpenOptions;
 pub(crate) use source::{escape, read_text};
-pub use summary::{ModelSummary, describe};
+pub use summary::{CheckpointSummary, ModelSummary, describe};
 pub use vae_names::{VaeWeights, vae_tensors};
 
 use crate::error::{Error, Result};
@@ -164,12 +164,27 @@ impl<'a> TensorView<'a> {
         self.bytes_at(0, self.byte_len())
     }
 
-    /// `len` bytes from byte `start` of the tensor.
-    fn bytes_at(&self, start: usize, len: usize) -> Result<Cow<'a, [u8]>> {
+    fn check_range(&self, start: usize, len: usize) -> Result<()> {
         if start.checked_add(len).is_none_or(|end| end > self.byte_len()) {
             let (name, all) = (escape(self.name), self.byte_len());
             return Err(Error::Internal(format!("{len} bytes from {start} of {name}, which has {all}")));
         }
+        Ok(())
+    }
+
+    /// Copies the bytes from byte `start` of the tensor into `out`, without a buffer in between.
+    fn read_at(&self, start: usize, out: &mut [u8]) -> Result<()> {
+        self.check_range(start, out.len())?;
+        match self.data {
+            ViewData::InFile { source, offset, .. } => source.read_at(offset + start as u64, out)?,
+            ViewData::Memory { bytes, .. } => out.copy_from_slice(&bytes[start..start + out.len()]),
+        }
+        Ok(())
+    }
+
+    /// `len` bytes from byte `start` of the tensor.
+    fn bytes_at(&self, start: usize, len: usize) -> Result<Cow<'a, [u8]>> {
+        self.check_range(start, len)?;
         match self.data {
             ViewData::InFile { source, offset, .. } => source.bytes_at(offset + start as u64, len),
             ViewData::Memory { bytes, .. } => Ok(Cow::Borrowed(&bytes[start..start + len])),

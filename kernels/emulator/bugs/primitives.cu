@@ -206,7 +206,7 @@ KERNEL(emu_flags, BugParams, 32, 1) {
 KERNEL(emu_cluster_sum, BugParams, 64, 1) {
   SMEM(float, first, 1);  // only block 0 of the cluster touches this one before the second
   SMEM_DYN(float, mine);
-  if (cluster_rank() == 0) first[0] = 0.5f;
+  if (cluster_rank() == 0 && tid_x() == 0) first[0] = 0.5f;
   SMEM(float, second, 2);
   if (tid_x() == 0) mine[0] = ptr<const float>(p.in)[bid_x()], second[1] = 2.0f * mine[0];
   cluster_sync();

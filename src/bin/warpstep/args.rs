@@ -30,7 +30,7 @@ impl DeviceArgs {
         if let Some(sm_count) = self.sm_count {
             options.sm_count = sm_count;
         }
-        Ok(Arc::new(EmulatedDevice::new(options)))
+        Ok(Arc::new(EmulatedDevice::new(options)?))
     }
 
     /// The chosen variants.

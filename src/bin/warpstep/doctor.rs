@@ -18,9 +18,10 @@ pub struct Doctor {
 impl Doctor {
     /// Runs the verb.
     pub fn run(self) -> Result<ExitCode> {
-        let emulated = EmulatedDevice::new(EmulatedOptions::default()).info();
+        let emulated = EmulatedDevice::new(EmulatedOptions::default())?.info();
         let driver = std::path::Path::new("/proc/driver/nvidia/version").exists();
-        let variants: usize = ops::registry().iter().flat_map(|op| op.variants).map(|v| v.kernels.len()).sum();
+        let variants: usize =
+            ops::registry().iter().flat_map(|op| op.variants).map(|v| v.kernels.len()).sum();
         let cpu = std::thread::available_parallelism().map_or(0, |n| n.get());
         if self.json {
             println!(
@@ -30,7 +31,7 @@ impl Doctor {
                     "cubins": cubins::CUBINS.len(),
                     "nvcc": cubins::NVCC_VERSION,
                     "kernels": variants,
-                    "emulator": build_kind().to_string(),
+                    "emulator": build_kind(),
                     "emulated_sm_count": emulated.sm_count,
                     "nvidia_driver": driver,
                     "cpu_threads": cpu,
@@ -39,7 +40,11 @@ impl Doctor {
             );
             return Ok(ExitCode::SUCCESS);
         }
-        println!("warpstep {} ({} ops, {variants} kernels)", env!("CARGO_PKG_VERSION"), ops::registry().len());
+        println!(
+            "warpstep {} ({} ops, {variants} kernels)",
+            env!("CARGO_PKG_VERSION"),
+            ops::registry().len()
+        );
         match cubins::CUBINS.len() {
             0 => println!("cubins: none; no nvcc was found at build time (tools/setup.sh installs one)"),
             n => println!("cubins: {n} for sm_90a, by {}", cubins::NVCC_VERSION),

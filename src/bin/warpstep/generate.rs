@@ -11,7 +11,7 @@ use warpstep::device::emulated::build_kind;
 use warpstep::engine::{Engine, EngineOptions, ModelSource};
 use warpstep::event::{CancelToken, Control, Event};
 use warpstep::image::{Metadata, write_png};
-use warpstep::request::{GenerateRequest, Preset};
+use warpstep::request::{GenerateRequest, Preset, RequestFields};
 use warpstep::sampler::{GuidanceSchedule, Sampler};
 
 /// Make pictures from a caption.
@@ -73,6 +73,10 @@ pub struct Generate {
     /// Normalise every token before it is fed back: true or false.
     #[arg(long, value_name = "BOOL", num_args = 0..=1, default_missing_value = "true")]
     use_norm: Option<bool>,
+
+    /// Scale the guided velocity down to the size of the unguided one where it is larger: true or false.
+    #[arg(long, value_name = "BOOL", num_args = 0..=1, default_missing_value = "true")]
+    rescale: Option<bool>,
 
     /// Seed of the noise; the same stream as the official code on a GPU [default: a random one, printed].
     #[arg(long, value_name = "U64")]
@@ -138,7 +142,7 @@ impl Generate {
             ..EngineOptions::default()
         };
         let engine = Arc::new(Engine::load(&source, self.device.open()?, options)?);
-        let request = self.request(&engine);
+        let request = self.request(&engine)?;
         let plan = engine.plan(&request)?;
         eprintln!("{}: {}", engine.name(), request.describe());
         eprintln!(
@@ -190,57 +194,44 @@ impl Generate {
         Ok(ExitCode::SUCCESS)
     }
 
-    /// The model's defaults, overridden by what was given.
-    fn request(&self, engine: &Engine) -> GenerateRequest {
-        let defaults = match self.preset {
-            Some(preset) => preset.defaults(),
-            None => engine.defaults().clone(),
+    /// What was given, over the preset's or the model's defaults.
+    fn request(&self, engine: &Engine) -> Result<GenerateRequest> {
+        let fields = RequestFields {
+            prompt: Some(self.prompt.clone()),
+            negative_prompt: self.negative.clone(),
+            positive_prompt: self.positive.clone(),
+            width: self.size.map(|(width, _)| width),
+            height: self.size.map(|(_, height)| height),
+            n: self.n,
+            first_image: self.first_image,
+            seed: self.seed,
+            sampler: self.sampler,
+            steps: self.steps,
+            guidance_scale: self.cfg,
+            image_guidance_scale: None,
+            guidance_schedule: self.cfg_schedule,
+            timesteps_shift: self.shift,
+            noise_level: self.noise_level,
+            use_norm: self.use_norm,
+            rescale: self.rescale,
         };
-        let mut request = defaults.request(&self.prompt);
-        if let Some((width, height)) = self.size {
-            (request.width, request.height) = (width, height);
-        }
-        if self.negative.is_some() {
-            request.negative_prompt = self.negative.clone();
-        }
-        if self.positive.is_some() {
-            request.positive_prompt = self.positive.clone();
-        }
-        let sampler = &mut request.sampler;
-        set(&mut sampler.guidance_scale, self.cfg);
-        set(&mut sampler.guidance_schedule, self.cfg_schedule);
-        set(&mut sampler.steps, self.steps);
-        set(&mut sampler.sampler, self.sampler);
-        set(&mut sampler.timesteps_shift, self.shift);
-        set(&mut sampler.noise_level, self.noise_level);
-        set(&mut sampler.use_norm, self.use_norm);
-        set(&mut request.n, self.n);
-        set(&mut request.first_image, self.first_image);
-        request.seed = self.seed.unwrap_or_else(random_seed);
-        request
+        let defaults = self.preset.map_or_else(|| *engine.defaults(), Preset::defaults);
+        Ok(fields.resolve(&defaults)?)
     }
 
     /// What the PNG remembers: enough to make this image again by itself.
     fn metadata(&self, engine: &Engine, request: &GenerateRequest, index: u32) -> Metadata {
-        let mut alone = request.clone();
-        alone.first_image = request.first_image + index;
-        alone.n = 1;
+        let alone = request.single(index);
         let json = serde_json::json!({
             "version": env!("CARGO_PKG_VERSION"),
             "model": engine.name(),
             "device": engine.device_info().name,
-            "emulator": build_kind().to_string(),
+            "emulator": build_kind(),
             "precision": format!("{:?}", self.precision).to_lowercase(),
             "kernels": self.device.kernels,
             "request": alone,
         });
         Metadata { parameters: alone.webui_parameters(engine.name()), json: json.to_string() }
-    }
-}
-
-fn set<T>(to: &mut T, given: Option<T>) {
-    if let Some(value) = given {
-        *to = value;
     }
 }
 
@@ -275,10 +266,4 @@ fn progress_bar(tokens: u64) -> ProgressBar {
         bar.set_style(style);
     }
     bar
-}
-
-/// A seed nobody chose, from the clock and the process: it is printed, so that the picture can be made again.
-fn random_seed() -> u64 {
-    use std::hash::{BuildHasher, Hasher};
-    std::collections::hash_map::RandomState::new().build_hasher().finish() >> 32
 }

@@ -83,7 +83,7 @@ impl List {
             }
             for variant in op.variants {
                 for (dtype, kernel) in variant.kernels {
-                    let usage = cubins::usage(kernel.symbol);
+                    let usage = cubins::resources().iter().find(|r| r.symbol == kernel.symbol);
                     if self.json {
                         println!(
                             "{}",
@@ -98,7 +98,12 @@ impl List {
                         let compiled = usage.map_or("not compiled for sm_90a".to_string(), |u| {
                             format!("{} registers, {} B static shared", u.registers, u.shared_bytes)
                         });
-                        println!("    {:8} {:5} {} ({compiled})", variant.name, dtype.name(), variant.summary);
+                        println!(
+                            "    {:8} {:5} {} ({compiled})",
+                            variant.name,
+                            dtype.name(),
+                            variant.summary
+                        );
                     }
                 }
             }

@@ -75,8 +75,7 @@ impl Verify {
                             println!("{}", serde_json::to_string(line)?);
                             continue;
                         }
-                        let mean =
-                            line.allowed_mean.map(|m| format!(" (mean {m:.1e})")).unwrap_or_default();
+                        let mean = line.allowed_mean.map(|m| format!(" (mean {m:.1e})")).unwrap_or_default();
                         println!(
                             "{} {} {:?} {}: max {:.2e}, mean {:.2e}, allowed {:.1e}{mean}: {}",
                             line.case,

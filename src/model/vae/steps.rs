@@ -120,7 +120,8 @@ impl Steps {
         let (Some(&finest), Some(&coarsest)) = (channels.first(), channels.last()) else {
             return Err(Error::Internal("a VAE without levels".into()));
         };
-        let mut b = Builder { images, element_bytes: dtype.bytes(), list: Vec::new(), scratch: Scratch::default() };
+        let mut b =
+            Builder { images, element_bytes: dtype.bytes(), list: Vec::new(), scratch: Scratch::default() };
 
         let latent = Tensor { place: Place::Latent, height, width, channels: config.z_channels };
         let mut x = b.tensor(height, width, coarsest)?;
@@ -288,10 +289,10 @@ pub struct Scratch {
 impl Scratch {
     /// The lowest free place for `bytes`.
     pub fn take(&mut self, bytes: usize) -> Result<Region> {
-        let mut offset = 0;
+        let mut offset = 0usize;
         let mut index = 0;
         for (i, region) in self.taken.iter().enumerate() {
-            if offset + bytes <= region.offset {
+            if offset.checked_add(bytes).is_some_and(|end| end <= region.offset) {
                 break;
             }
             offset = (region.offset + region.bytes).next_multiple_of(ALIGNMENT);
@@ -313,5 +314,106 @@ impl Scratch {
     /// The most that was in use.
     pub fn bytes(&self) -> usize {
         self.bytes
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::path::Path;
+
+    fn config(text: &str) -> VaeConfig {
+        VaeConfig::parse(Path::new("config.json"), text).unwrap()
+    }
+
+    const SMALL: &str = r#"{"ch": 32, "ch_mult": [1, 3, 2], "num_res_blocks": 1, "z_channels": 4}"#;
+
+    #[test]
+    fn module_names_and_their_order_are_the_official_ones() {
+        let steps = Steps::of(&config(SMALL), 1, (2, 3), DType::F32, true).unwrap();
+        let taps: Vec<&str> = steps.list.iter().filter_map(|s| s.tap.as_deref()).collect();
+        let expected = [
+            "decoder.conv_in",
+            "decoder.mid.block_1",
+            "decoder.mid.attn_1",
+            "decoder.mid.block_2",
+            "decoder.up.2.block.0",
+            "decoder.up.2.block.1",
+            "decoder.up.2.upsample",
+            "decoder.up.1.block.0",
+            "decoder.up.1.block.1",
+            "decoder.up.1.upsample",
+            "decoder.up.0.block.0",
+            "decoder.up.0.block.1",
+            "decoder.norm_out",
+        ];
+        assert_eq!(taps, expected);
+        let shortcuts = |s: &&Step| s.label.ends_with("nin_shortcut");
+        let shortcuts: Vec<&str> = steps.list.iter().filter(shortcuts).map(|s| s.label.as_str()).collect();
+        assert_eq!(
+            shortcuts,
+            ["vae.decoder.up.1.block.0.nin_shortcut", "vae.decoder.up.0.block.0.nin_shortcut"]
+        );
+        let last = steps.list.last().and_then(|s| s.kind.output()).unwrap();
+        assert_eq!((last.place, last.height, last.width, last.channels), (Place::Image, 8, 12, 3));
+    }
+
+    /// Reads of a step, and what it writes.
+    fn accesses(kind: &Kind) -> (Vec<Tensor>, Tensor) {
+        match kind {
+            Kind::Stats { x, stats } => (vec![*x], *stats),
+            Kind::Conv { x, norm, residual, y, .. } => {
+                let norm = norm.as_ref().map(|n| n.stats);
+                ([Some(*x), norm, *residual].into_iter().flatten().collect(), *y)
+            }
+            Kind::Attention { q, k, v, out } => (vec![*q, *k, *v], *out),
+        }
+    }
+
+    #[test]
+    fn a_tensor_keeps_its_bytes_until_its_last_reader() {
+        for (text, size) in [(SMALL, (3, 5)), ("{}", (8, 8)), (r#"{"ch": 64, "ch_mult": [2]}"#, (1, 1))] {
+            for probe in [false, true] {
+                let steps = Steps::of(&config(text), 2, size, DType::Bf16, probe).unwrap();
+                // What is intact at this point; a write ends all that it overlaps.
+                let mut intact: Vec<Tensor> = Vec::new();
+                for step in &steps.list {
+                    let (reads, write) = accesses(&step.kind);
+                    for read in reads.iter().filter(|r| r.place != Place::Latent) {
+                        assert!(intact.contains(read), "{} reads {read:?}, which is gone", step.label);
+                    }
+                    let Place::Scratch { offset, bytes } = write.place else { continue };
+                    assert!(offset + bytes <= steps.bytes && offset % ALIGNMENT == 0);
+                    intact.retain(|t| match t.place {
+                        Place::Scratch { offset: o, bytes: b } => o + b <= offset || offset + bytes <= o,
+                        _ => true,
+                    });
+                    intact.push(write);
+                }
+            }
+        }
+    }
+
+    #[test]
+    fn a_512x512_picture_takes_what_its_largest_block_holds() {
+        let of =
+            |images, probe| Steps::of(&config("{}"), images, (64, 64), DType::Bf16, probe).unwrap().bytes;
+        // Input of 256 channels, hidden activation and skip of 128 each; statistics lie in a gap or after them.
+        let block = 512 * 512 * (256 + 128 + 128) * 2;
+        assert!((block..block + 4096).contains(&of(1, false)), "{} for {block}", of(1, false));
+        assert_eq!(of(1, true), of(1, false), "a probe fits into what is planned anyway");
+        assert!(of(3, false) <= 3 * of(1, false));
+    }
+
+    #[test]
+    fn scratch_gives_the_lowest_gap_and_refuses_what_overflows() {
+        let mut scratch = Scratch::default();
+        let offsets: Vec<usize> = [100, 300, 1].map(|bytes| scratch.take(bytes).unwrap().offset).to_vec();
+        assert_eq!(offsets, [0, 256, 768]);
+        scratch.give(256);
+        assert_eq!(scratch.take(513).unwrap().offset, 1024);
+        assert_eq!(scratch.take(512).unwrap().offset, 256);
+        assert!(scratch.take(usize::MAX - 100).is_err());
+        assert_eq!(scratch.bytes(), 1792);
     }
 }

@@ -67,9 +67,12 @@ fn window(offset: u64, shape: &[u64], stride: &[u64]) -> Archive {
     Archive::new(&[("data.pkl", &pickle), ("data/0", f32s(&STORAGE))])
 }
 
+/// Offset, shape, strides and the values that they select.
+type Window = (u64, &'static [u64], &'static [u64], &'static [f32]);
+
 #[test]
 fn windows_on_a_storage() {
-    let cases: [(u64, &[u64], &[u64], &[f32]); 8] = [
+    let cases: [Window; 8] = [
         (0, &[2, 4], &[4, 1], &STORAGE),
         (3, &[2, 2], &[2, 1], &[3.0, 4.0, 5.0, 6.0]),
         // transposed
@@ -213,11 +216,9 @@ fn archives_with_changed_directories() {
     let good = zip_bytes(&[("data.pkl", &pickle), ("data/0", f32s(&STORAGE))]);
     assert!(Archive::of_bytes(&good).open().is_ok());
 
-    let central = |name: &str| {
-        let at = good.windows(4).enumerate().filter(|(_, w)| w == b"PK\x01\x02").map(|(at, _)| at);
-        at.filter(|&at| good[at + 46..].starts_with(name.as_bytes())).last().unwrap()
-    };
-    let record = central("archive/data/0");
+    // The archive's directory describes data/0 last.
+    let record = good.windows(4).rposition(|window| window == b"PK\x01\x02").unwrap();
+    assert!(good[record + 46..].starts_with(b"archive/data/0"));
     // Marked as deflated; encrypted; larger than the file; two records of one name.
     let mut deflated = good.clone();
     deflated[record + 10] = 8;

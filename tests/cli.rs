@@ -1,0 +1,122 @@
+//! The program as a user runs it.
+
+use std::path::Path;
+use std::process::{Command, Output};
+
+fn warpstep(arguments: &[&str]) -> Output {
+    Command::new(env!("CARGO_BIN_EXE_warpstep")).args(arguments).output().unwrap()
+}
+
+fn text(bytes: &[u8]) -> String {
+    String::from_utf8_lossy(bytes).into_owned()
+}
+
+/// Few steps and a small picture: quick, and no test here looks at what it shows.
+const QUICK: [&str; 6] = ["--size", "32x32", "--steps", "3", "--seed", "5"];
+
+fn generate(prompt: &str, more: &[&str], output: &Path) -> Output {
+    let path = output.to_str().unwrap();
+    warpstep(&[&["generate", prompt][..], &QUICK, more, &["-o", path]].concat())
+}
+
+#[test]
+fn the_same_command_writes_the_same_png_and_inspect_tells_how() {
+    let dir = tempfile::tempdir().unwrap();
+    let files = [dir.path().join("a.png"), dir.path().join("b.png")];
+    for file in &files {
+        let output = generate("a red circle on a blue background", &[], file);
+        assert!(output.status.success(), "{}", text(&output.stderr));
+        assert!(output.stdout.is_empty(), "stdout is for machines");
+        assert!(text(&output.stderr).contains("tokens/s"));
+    }
+    assert_eq!(std::fs::read(&files[0]).unwrap(), std::fs::read(&files[1]).unwrap());
+    let output = warpstep(&["inspect", files[0].to_str().unwrap()]);
+    let shown = text(&output.stdout);
+    assert!(shown.contains("a red circle on a blue background") && shown.contains("Seed: 5"), "{shown}");
+    let output = warpstep(&["inspect", "--json", files[0].to_str().unwrap()]);
+    let json: serde_json::Value = serde_json::from_slice(&output.stdout).unwrap();
+    assert_eq!(json["request"]["seed"], 5);
+    assert_eq!(json["model"], "demo");
+}
+
+#[test]
+fn a_batch_writes_numbered_files_that_single_runs_reproduce() {
+    let dir = tempfile::tempdir().unwrap();
+    let output = generate("a green square on white", &["-n", "2", "--json"], &dir.path().join("s.png"));
+    assert!(output.status.success(), "{}", text(&output.stderr));
+    let json: serde_json::Value = serde_json::from_slice(&output.stdout).unwrap();
+    assert_eq!(json["files"].as_array().unwrap().len(), 2);
+    let alone = dir.path().join("alone.png");
+    assert!(generate("a green square on white", &["--first-image", "1"], &alone).status.success());
+    assert_eq!(std::fs::read(dir.path().join("s-1.png")).unwrap(), std::fs::read(alone).unwrap());
+}
+
+#[test]
+fn usage_errors_exit_with_2_and_say_what_is_known() {
+    for (arguments, expected) in [
+        (&["generate"][..], "<PROMPT>"),
+        (&["generate", "x", "--size", "64"], "WIDTHxHEIGHT"),
+        (&["generate", "x", "--sampler", "euler"], "aug, hf11, sde, cps, ode"),
+        (&["generate", "x", "--kernel", "qkv=magic"], "plain"),
+        (&["generate", "x", "--kernel", "warp=plain"], "attention"),
+        (&["generate", "x", "--size", "17x16"], "multiple of 16"),
+        (&["generate", "x", "--cfg", "0.5"], "guidance"),
+        (&["generate", "x", "--steps", "0"], "steps"),
+        (&["draw", "x"], "unrecognized"),
+    ] {
+        let output = warpstep(arguments);
+        let message = text(&output.stderr);
+        assert_eq!(output.status.code(), Some(2), "{arguments:?}: {message}");
+        assert!(message.contains(expected), "{arguments:?}: {message}");
+        assert!(output.stdout.is_empty());
+    }
+}
+
+#[test]
+fn an_output_that_cannot_be_written_fails_before_the_work() {
+    let dir = tempfile::tempdir().unwrap();
+    for path in [dir.path().to_path_buf(), dir.path().join("missing/x.png")] {
+        let start = std::time::Instant::now();
+        let output = generate("a circle", &[], &path);
+        assert_eq!(output.status.code(), Some(1), "{}", text(&output.stderr));
+        assert!(start.elapsed().as_secs() < 5);
+    }
+    assert_eq!(std::fs::read_dir(dir.path()).unwrap().count(), 0, "nothing half-written is left");
+}
+
+#[test]
+fn a_missing_model_is_an_error_that_names_it() {
+    let output = warpstep(&["generate", "x", "--model", "/nonexistent/NextStep"]);
+    assert_eq!(output.status.code(), Some(1));
+    assert!(text(&output.stderr).contains("/nonexistent/NextStep"));
+}
+
+#[test]
+fn every_verb_teaches_with_help() {
+    for verb in
+        [&["--help"][..], &["generate", "--help"], &["verify", "--help"], &["kernels", "test", "--help"]]
+    {
+        let output = warpstep(verb);
+        assert!(output.status.success() && text(&output.stdout).len() > 300, "{verb:?}");
+    }
+}
+
+#[test]
+fn doctor_and_kernels_list_describe_this_build() {
+    let output = warpstep(&["doctor", "--json"]);
+    let json: serde_json::Value = serde_json::from_slice(&output.stdout).unwrap();
+    assert!(json["kernels"].as_u64().unwrap() > 30);
+    let listed = text(&warpstep(&["kernels", "list"]).stdout);
+    for op in ["embed", "qkv", "attention", "flow_chain", "randn", "conv2d", "to_rgb8"] {
+        assert!(listed.lines().any(|line| line.starts_with(&format!("{op}:"))), "{op} is not listed");
+    }
+}
+
+#[test]
+fn kernels_test_runs_one_op() {
+    let output = warpstep(&["kernels", "test", "--op", "to_rgb8", "--scale", "small"]);
+    let shown = text(&output.stdout);
+    assert!(output.status.success(), "{shown}");
+    assert!(shown.lines().last().unwrap().ends_with(" 0 failed"), "{shown}");
+    assert_eq!(warpstep(&["kernels", "test", "--op", "nothing"]).status.code(), Some(2));
+}

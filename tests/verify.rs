@@ -1,0 +1,116 @@
+//! The recorded cases of the official code that are kept here, and that a wrong engine would not pass them.
+
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use warpstep::Error;
+use warpstep::device::Device;
+use warpstep::device::emulated::{EmulatedDevice, EmulatedOptions};
+use warpstep::ops::Selection;
+use warpstep::verify::{Models, Outcome, VerifyOptions, run_case};
+
+fn cases() -> PathBuf {
+    Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/golden/cases")
+}
+
+fn device() -> Arc<dyn Device> {
+    Arc::new(EmulatedDevice::new(EmulatedOptions::default()).unwrap())
+}
+
+fn options() -> VerifyOptions {
+    VerifyOptions { model_root: None, precision: None, selection: Selection::default() }
+}
+
+#[test]
+fn every_kept_case_passes() {
+    let (device, mut models) = (device(), Models::default());
+    let mut ran = 0;
+    let mut paths: Vec<PathBuf> = std::fs::read_dir(cases()).unwrap().map(|e| e.unwrap().path()).collect();
+    paths.sort();
+    for path in paths {
+        match run_case(&path, &device, &options(), &mut models).unwrap() {
+            None => {}
+            Some(Outcome::Skipped(reason)) => panic!("{} was skipped: {reason}", path.display()),
+            Some(Outcome::Ran(lines)) => {
+                assert!(!lines.is_empty());
+                for line in lines {
+                    assert!(line.ok, "{line:?}");
+                }
+                ran += 1;
+            }
+        }
+    }
+    assert!(ran >= 11, "only {ran} cases ran");
+}
+
+/// Copies a kept case with `edit` applied to its bytes into a folder that has the models beside it.
+fn altered(name: &str, edit: impl FnOnce(&mut Vec<u8>)) -> (tempfile::TempDir, PathBuf) {
+    let dir = tempfile::tempdir().unwrap();
+    let mut bytes = std::fs::read(cases().join(name)).unwrap();
+    edit(&mut bytes);
+    let path = dir.path().join(name);
+    std::fs::write(&path, bytes).unwrap();
+    (dir, path)
+}
+
+fn run_altered(path: &Path) -> warpstep::Result<Option<Outcome>> {
+    let options = VerifyOptions { model_root: Some(cases().parent().unwrap().into()), ..options() };
+    run_case(path, &device(), &options, &mut Models::default())
+}
+
+fn failures(outcome: Option<Outcome>) -> Vec<String> {
+    let Some(Outcome::Ran(lines)) = outcome else { panic!("the case did not run") };
+    lines.into_iter().filter(|l| !l.ok).map(|l| l.tensor).collect()
+}
+
+/// Where a tensor's data starts in a safetensors file.
+fn data_offset(bytes: &[u8], tensor: &str) -> usize {
+    let header = u64::from_le_bytes(bytes[..8].try_into().unwrap()) as usize;
+    let json: serde_json::Value = serde_json::from_slice(&bytes[8..8 + header]).unwrap();
+    8 + header + json[tensor]["data_offsets"][0].as_u64().unwrap() as usize
+}
+
+#[test]
+fn a_wrong_value_in_any_recorded_tensor_is_noticed() {
+    for tensor in ["cond", "decode.norm", "fm.v", "fm.out", "tokens", "latents", "image", "prefill.layer1"] {
+        let (_dir, path) = altered("t2i_feb_nocfg_batch3.safetensors", |bytes| {
+            // The last real row of the first sequence: padding rows are not compared.
+            let at = data_offset(bytes, tensor) + if tensor == "prefill.layer1" { 38 * 64 * 4 } else { 0 };
+            let value = f32::from_le_bytes(bytes[at..at + 4].try_into().unwrap()) + 1e-3;
+            bytes[at..at + 4].copy_from_slice(&value.to_le_bytes());
+        });
+        let failed = failures(run_altered(&path).unwrap());
+        assert!(failed.contains(&tensor.to_string()), "{tensor}: only {failed:?} failed");
+    }
+}
+
+#[test]
+fn a_tensor_that_must_be_compared_and_is_missing_is_an_error() {
+    let (_dir, path) = altered("t2i_feb_nocfg_batch3.safetensors", |bytes| {
+        let text = b"\"fm.v\":";
+        let at = bytes.windows(text.len()).position(|w| w == text).unwrap();
+        bytes[at + 4] = b'w';
+    });
+    let result = run_altered(&path);
+    assert!(matches!(result, Err(Error::InvalidCase { .. })), "it passed by not being looked at");
+}
+
+#[test]
+fn a_case_may_not_name_folders_outside_the_model_root() {
+    let (_dir, path) = altered("t2i_feb_nocfg_batch3.safetensors", |bytes| {
+        // The description is JSON inside JSON; both names are six characters.
+        let text = br#"\"model\": \"tiny-a\""#;
+        let at = bytes.windows(text.len()).position(|w| w == text).expect("the model's name");
+        bytes[at..at + text.len()].copy_from_slice(br#"\"model\": \"../../\""#);
+    });
+    assert!(matches!(run_altered(&path), Err(Error::InvalidCase { .. })));
+}
+
+#[test]
+fn a_kind_that_is_not_built_is_skipped_with_its_reason() {
+    let (_dir, path) = altered("t2i_feb_nocfg_batch3.safetensors", |bytes| {
+        let text = br#"\"kind\": \"pipeline\""#;
+        let at = bytes.windows(text.len()).position(|w| w == text).expect("the kind");
+        bytes[at..at + text.len()].copy_from_slice(br#"\"kind\": \"pipelime\""#);
+    });
+    assert!(matches!(run_altered(&path).unwrap(), Some(Outcome::Skipped(_))));
+}
