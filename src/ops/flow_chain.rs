@@ -216,7 +216,7 @@ pub fn node(launch: &Launch, label: &str, args: &Args) -> Result<Node> {
         rescale: a.rescale.into(),
         pad: 0,
     };
-    // The scratch rows are written before they are read, so they are no inputs.
+    // The scratch rows carry values between blocks: they are read as well as written.
     let mut reads = vec![
         modulation,
         w_in,
@@ -273,4 +273,117 @@ fn geometry(launch: &Launch, checks: &Checks, a: &Args, sequences: usize) -> Res
         Geometry::linear(blocks, THREADS).with_shared(u32::try_from(shared_bytes).unwrap_or(u32::MAX));
     geometry.cooperative = true;
     Ok(geometry)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::device::DevicePtr;
+    use crate::error::Error;
+    use crate::ops::{DType, Selection};
+
+    /// The base head; every buffer is large and has its own address.
+    fn args(bytes: usize) -> Args {
+        let mut next = 0;
+        let mut span = || {
+            next += 1;
+            Span { ptr: DevicePtr(next << 40), bytes }
+        };
+        Args {
+            modulation: span(),
+            w_in: span(),
+            b_in: span(),
+            ln_w: span(),
+            ln_b: span(),
+            w0: span(),
+            b0: span(),
+            w2: span(),
+            b2: span(),
+            w_out: span(),
+            b_out: span(),
+            steps_table: span(),
+            guidance: span(),
+            draws: span(),
+            forced_x: Some(span()),
+            state: span(),
+            barrier: span(),
+            h: span(),
+            a: span(),
+            v_raw: span(),
+            trace_v_raw: Some(span()),
+            trace_v: Some(span()),
+            trace_x: Some(span()),
+            sampled: Some(span()),
+            tokens: span(),
+            w_next: span(),
+            b_next: span(),
+            x_next: span(),
+            steps: 28,
+            images: 1,
+            branches: 2,
+            width: 1536,
+            mlp_width: 1536,
+            blocks: 12,
+            token_dim: 64,
+            hidden: 5120,
+            tokens_total: 1024,
+            draws_per_slot: 28,
+            draw_slots: 1,
+            use_norm: true,
+            rescale: false,
+        }
+    }
+
+    fn built(args: &Args, dtype: DType) -> Result<Node> {
+        let selection = Selection::default();
+        let launch = Launch { selection: &selection, dtype, sm_count: 132, dependent: true };
+        node(&launch, "flow.chain", args)
+    }
+
+    #[test]
+    fn shipped_heads_fit_an_sm_and_every_span_is_declared() {
+        for (width, blocks) in [(1024, 6), (1536, 12), (2048, 24)] {
+            for images in [1, 16, 128] {
+                for branches in [1, 2, 3] {
+                    let args = Args { width, mlp_width: width, blocks, images, branches, ..args(1 << 39) };
+                    for dtype in [DType::F32, DType::Bf16] {
+                        let node = built(&args, dtype).unwrap();
+                        assert!(node.geometry.cooperative && node.geometry.grid == [132, 1, 1]);
+                        assert!(!node.geometry.dependent, "blocks of a dependent launch may not all be resident");
+                        assert!(node.geometry.shared_bytes as usize <= SHARED_BYTES);
+                    }
+                }
+            }
+        }
+        let node = built(&args(1 << 39), DType::Bf16).unwrap();
+        let bytes = |number: u64| {
+            let spans = node.reads.iter().chain(&node.writes);
+            spans.filter(|s| s.ptr.0 == number << 40).map(|s| s.bytes).max()
+        };
+        // All 28 buffers, each with the bytes that its shape takes.
+        assert!((1..=28).all(|number| bytes(number).is_some()));
+        assert_eq!(bytes(1), Some(28 * 2 * 38 * 1536 * 2));
+        assert_eq!(bytes(6), Some(12 * 1536 * 1536 * 2));
+        assert_eq!(bytes(14), Some(28 * 64 * 4));
+        assert_eq!(bytes(25), Some(1024 * 64 * 2));
+    }
+
+    #[test]
+    fn refuses_what_it_cannot_do() {
+        let good = args(1 << 39);
+        for (what, bad) in [
+            ("branches", Args { branches: 4, ..good }),
+            ("branches", Args { branches: 0, ..good }),
+            ("slots", Args { draw_slots: 7, ..good }),
+            ("steps", Args { steps: 0, ..good }),
+            ("images", Args { images: 0, ..good }),
+            ("shared memory", Args { images: 900, ..good }),
+            ("overflows", Args { blocks: usize::MAX / 2, ..good }),
+        ] {
+            let error = built(&bad, DType::Bf16).unwrap_err();
+            assert!(matches!(error, Error::Unsupported { op: "flow_chain", .. }), "{what}: {error}");
+            assert!(error.to_string().contains(what), "{what}: {error}");
+        }
+        assert!(matches!(built(&args(1 << 20), DType::Bf16), Err(Error::Internal(_))), "short buffers");
+    }
 }

@@ -39,6 +39,8 @@ pub(super) struct Shape {
     pub forced: bool,
     /// Draws of every token are stored, not only of this one.
     pub recorded: bool,
+    /// Added to all of input_proj's bias: the layer norms must not lose the variance beside it.
+    pub offset: f32,
 }
 
 /// Tokens of the picture, and the one that is made.
@@ -61,6 +63,7 @@ pub(super) const BASE: Shape = Shape {
     rescale: false,
     forced: false,
     recorded: false,
+    offset: 0.0,
 };
 
 pub(super) fn cases() -> Vec<Case> {
@@ -91,6 +94,7 @@ pub(super) fn cases() -> Vec<Case> {
             ..BASE
         },
         Shape { steps: 3, forced: true, noise: Noise::All, blocks: 1, ..BASE },
+        Shape { steps: 1, blocks: 1, offset: 1000.0, ..BASE },
     ];
     let medium = [
         Shape { steps: 5, width: 128, mlp_width: 512, blocks: 4, ..BASE },
@@ -136,7 +140,7 @@ fn make_case(s: Shape, dtype: DType, scale: Scale) -> Case {
     let flag = u8::from;
     let label = format!(
         "steps={},images={},branches={},width={},mlp_width={},blocks={},token_dim={},hidden={},noise={:?},norm={},\
-         rescale={},forced={},recorded={}",
+         rescale={},forced={},recorded={},offset={}",
         s.steps,
         s.images,
         s.branches,
@@ -149,7 +153,8 @@ fn make_case(s: Shape, dtype: DType, scale: Scale) -> Case {
         flag(s.use_norm),
         flag(s.rescale),
         flag(s.forced),
-        flag(s.recorded)
+        flag(s.recorded),
+        s.offset
     );
     let run = move |rig: &mut Rig, launch: &Launch| {
         let head = RandomHead::new(rig, launch.dtype, s)?;
@@ -187,9 +192,10 @@ impl RandomHead {
         let (f, h, k, l) = (s.width, s.mlp_width, s.token_dim, s.blocks);
         let fan = |inner: usize| 1.0 / (inner as f32).sqrt();
         let gains: Vec<f32> = rig.normal(l * f, 0.2).iter().map(|v| 1.0 + v).collect();
+        let b_in: Vec<f32> = rig.normal(f, 0.5).iter().map(|v| s.offset + v).collect();
         let weights = [
             rig.random("w_in", dtype, f * k, fan(k))?,
-            rig.random("b_in", dtype, f, 0.5)?,
+            rig.input("b_in", dtype, b_in)?,
             rig.input("ln_w", dtype, gains)?,
             rig.random("ln_b", dtype, l * f, 0.2)?,
             rig.random("w0", dtype, l * h * f, fan(f))?,
