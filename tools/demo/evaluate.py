@@ -37,10 +37,12 @@ def contact_sheet(pictures, columns=8, gap=4):
     return sheet
 
 
-def draw_scenes(count, held_out, seed):
-    """Scenes and captions in plain spelling; `held_out` asks for single held-out objects only."""
+def draw_scenes(count, held_out, seed, kind=None):
+    """Scenes and their captions, of all kinds or of one; `held_out` asks for single held-out objects only."""
     rng = np.random.default_rng(seed)
-    kinds = ["one"] * count if held_out else rng.choice(list(SHARES), count, p=list(SHARES.values()))
+    kinds = rng.choice(list(SHARES), count, p=list(SHARES.values()))
+    if held_out or kind:
+        kinds = ["one" if held_out else kind] * count
     plain = [scenes.draw_scene(rng, kind, held_out) for kind in kinds]
     return plain, [scenes.caption(s, rng) for s in plain]
 
@@ -61,7 +63,7 @@ def in_batches(model, tok, texts, grid, args, sources=None):
 
 def evaluate_captions(model, vae, tok, grid, args):
     """(pictures, verdicts, kinds, texts) for captions."""
-    plain, texts = draw_scenes(args.captions, args.held_out, args.seed + 1_000_003)
+    plain, texts = draw_scenes(args.captions, args.held_out, args.seed + 1_000_003, args.kind)
     pictures = sampler.decode_tokens(vae, in_batches(model, tok, texts, grid, args), grid)
     return pictures, [check.judge(p, s) for p, s in zip(pictures, plain)], [s.kind for s in plain], texts
 
@@ -101,6 +103,7 @@ def main():
     parser.add_argument("--sampler", choices=("ode", "sde"), default="ode")
     parser.add_argument("--no-norm", action="store_true", help="leave sampled tokens as they are (use_norm false)")
     parser.add_argument("--held-out", action="store_true", help="only held-out colour-shape pairs, one object")
+    parser.add_argument("--kind", choices=sorted(SHARES), help="only captions of this kind")
     parser.add_argument("--edits", action="store_true", help="score editing instead of captions")
     parser.add_argument("--vae", action="store_true", help="score the VAE alone")
     parser.add_argument("--seed", type=int, default=1)

@@ -37,7 +37,7 @@ class Stream:
 
 
 # Shares of "one", "two" and "row" within a captioned stream, before and after `switch`: single objects first.
-MIX_EARLY, MIX_LATE = (0.86, 0.09, 0.05), (0.7, 0.2, 0.1)
+MIX_EARLY, MIX_LATE = (0.86, 0.09, 0.05), (0.6, 0.25, 0.15)
 CAPTIONED = ("one", "two", "row")
 PLANS = {
     "square": (Stream(CAPTIONED, (8, 8), 1.0, 1.0, 32),),
