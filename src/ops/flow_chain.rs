@@ -349,7 +349,10 @@ mod tests {
                     for dtype in [DType::F32, DType::Bf16] {
                         let node = built(&args, dtype).unwrap();
                         assert!(node.geometry.cooperative && node.geometry.grid == [132, 1, 1]);
-                        assert!(!node.geometry.dependent, "blocks of a dependent launch may not all be resident");
+                        assert!(
+                            !node.geometry.dependent,
+                            "blocks of a dependent launch may not all be resident"
+                        );
                         assert!(node.geometry.shared_bytes as usize <= SHARED_BYTES);
                     }
                 }
