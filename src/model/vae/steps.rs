@@ -400,7 +400,8 @@ mod tests {
             |images, probe| Steps::of(&config("{}"), images, (64, 64), DType::Bf16, probe).unwrap().bytes;
         // Input of 256 channels, hidden activation and skip of 128 each; statistics lie in a gap or after them.
         let block = 512 * 512 * (256 + 128 + 128) * 2;
-        assert!((block..block + 4096).contains(&of(1, false)), "{} for {block}", of(1, false));
+        // First fit leaves gaps: up to a tenth above what the largest block needs.
+        assert!((block..block + block / 10).contains(&of(1, false)), "{} for {block}", of(1, false));
         assert_eq!(of(1, true), of(1, false), "a probe fits into what is planned anyway");
         assert!(of(3, false) <= 3 * of(1, false));
     }
