@@ -20,7 +20,6 @@ use warpstep::{Result, device::Buffer};
 
 /// Shapes of the shipped model, which `tests/ops.rs` leaves out.
 #[test]
-#[ignore = "a minute: shipped widths"]
 fn ops_agree_at_shipped_shapes() {
     let mut ran = 0;
     for name in ["conv2d", "group_stats", "vae_attention"] {
@@ -402,7 +401,6 @@ fn the_decoder_agrees_with_its_reference_at_odd_sizes() {
 }
 
 #[test]
-#[ignore = "a minute: the shipped decoder's width"]
 fn the_full_width_decoder_agrees_with_its_reference() {
     let (config, weights) = full_width();
     let check = check_against_reference(config, &weights, DType::Bf16, (8, 8));

@@ -32,7 +32,10 @@ fn every_kept_case_passes() {
     paths.sort();
     for path in paths {
         if WITHOUT_MODEL.iter().any(|name| path.file_stem().is_some_and(|stem| stem == *name)) {
-            assert!(!cases().with_file_name("gqa5-b/config.json").exists(), "the model is here: run its cases");
+            assert!(
+                !cases().with_file_name("gqa5-b/config.json").exists(),
+                "the model is here: run its cases"
+            );
             continue;
         }
         match run_case(&path, &device, &options(), &mut models).unwrap() {
