@@ -154,12 +154,31 @@ def caption(scene, rng=None):
     return text
 
 
-def draw_edit(rng):
-    """(source scene, instruction, target scene): recolour, new background, other shape, remove or add."""
+EDITS = ("colour", "background", "shape", "remove", "add")
+
+
+def draw_addition(rng):
+    """(source scene, instruction, target scene) of one "add": into an empty scene, or opposite an object that sits
+    in a corner, where the two cannot touch."""
+    target = draw_scene(rng, "one")
+    thing, (size, corner) = target.things[0], target.words
+    text = f"add {article(f'{size} {thing.colour} {thing.shape}'.strip())}" + (f" at the {corner}" if corner else "")
+    if not corner or rng.random() < 0.5:
+        source = Scene(target.background, (), "empty")
+    else:
+        row, column = corner.split()
+        opposite = f"{'bottom' if row == 'top' else 'top'} {'right' if column == 'left' else 'left'}"
+        pair = draw_pair(rng, target.background, held_out=False)
+        source = one_thing(target.background, *pair, ("", "small")[rng.integers(2)], opposite)
+    source, target = jitter(rng, source), jitter(rng, target)
+    return source, text, Scene(target.background, source.things + target.things, "added")
+
+
+def draw_change(rng, kind):
+    """(source scene, instruction, target scene) of an edit of the one object, or of the background behind it."""
     while True:
         source = draw_scene(rng, "one")
         thing, (size, corner) = source.things[0], source.words
-        kind = ("colour", "background", "shape", "remove")[rng.integers(4)]
         colour, shape = COLOURS[rng.integers(8)], SHAPES[rng.integers(4)]
         if kind == "colour":
             text = f"make the {thing.shape} {colour}"
@@ -182,6 +201,13 @@ def draw_edit(rng):
         kept = source.things[0]
         thing = dataclasses.replace(target.things[0], x=kept.x, y=kept.y, size=kept.size)
         target = dataclasses.replace(target, things=(thing,))
+    return source, text, target
+
+
+def draw_edit(rng, kind=None):
+    """(source scene, instruction, target scene) of one of `EDITS`, any of them when `kind` is not given."""
+    kind = kind or EDITS[rng.integers(len(EDITS))]
+    source, text, target = draw_addition(rng) if kind == "add" else draw_change(rng, kind)
     if rng.random() < 0.2:
         text = text[0].upper() + text[1:] + "."
     return source, text, target

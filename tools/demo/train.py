@@ -42,10 +42,10 @@ CAPTIONED = ("one", "two", "row")
 PLANS = {
     "square": (Stream(CAPTIONED, (8, 8), 1.0, 1.0, 32),),
     "full": (
-        Stream(CAPTIONED, (8, 8), 1.0, 0.62, 32),
+        Stream(CAPTIONED, (8, 8), 0.85, 0.6, 32),
         Stream(CAPTIONED, (4, 8), 0.0, 0.06, 32),
         Stream(CAPTIONED, (4, 4), 0.0, 0.06, 48),
-        Stream(("edit",), (8, 8), 0.0, 0.26, 18),
+        Stream(("edit",), (8, 8), 0.15, 0.28, 18),
     ),
 }
 
