@@ -115,9 +115,9 @@ DEV void stage_rows(const Shared& sh, const float* rows, Group g, uint32_t width
   }
 }
 
-/* sh.norm of the group's rows of h. Each thread sums distances from its own first element; the means of threads, then
- * of warps, are combined as in Chan's update, so that an offset that a row's values share does not eat their variance.
- * Leaves h staged if whole rows fit. */
+/* sh.norm of the group's rows of h, valid after the caller's next barrier: product has one before it stages. Each thread
+ * sums distances from its own first element; the means of threads, then of warps, are combined as in Chan's update, so
+ * that an offset that a row's values share does not eat their variance. Leaves h staged if whole rows fit. */
 DEV void norm_statistics(const Shared& sh, const float* h, Group g, uint32_t width, float eps) {
   const uint32_t chunk = stage_chunk(g.count, width);
   const bool vec = width % 8 == 0 && aligned16(h);
@@ -163,7 +163,6 @@ DEV void norm_statistics(const Shared& sh, const float* h, Group g, uint32_t wid
     sh.norm[tid_x() * 2] = mean;
     sh.norm[tid_x() * 2 + 1] = 1.0f / f_sqrt(squares / all + eps);
   }
-  block_sync();
 }
 
 /* Stages the normed and modulated rows of h, which norm_statistics has just been through. */

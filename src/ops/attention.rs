@@ -204,7 +204,7 @@ fn cases() -> Vec<Case> {
         lengths,
         splits,
     };
-    // Lengths cross the tile of 256 slots; some splits get no slot at all.
+    // Lengths cross the tile of 256 slots; some splits get no slot at all; eleven heads of a group are two passes.
     let shapes = [
         shape(3, 1, 16, 1, &[1], 1),
         shape(3, 1, 48, 2, &[5, 37], 3),
@@ -212,6 +212,7 @@ fn cases() -> Vec<Case> {
         shape(4, 2, 16, 3, &[9, 257, 64], 2),
         shape(7, 1, 128, 1, &[70], 5),
         shape(2, 2, 256, 2, &[40, 3], 7),
+        shape(11, 1, 16, 1, &[20], 2),
         shape(11, 1, 32, 1, &[300, 17], 2),
         shape(5, 1, 64, 2, &[300, 530], 1),
         shape(40, 8, 16, 2, &[18, 700], 3),

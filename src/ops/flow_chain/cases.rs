@@ -95,6 +95,8 @@ pub(super) fn cases() -> Vec<Case> {
         },
         Shape { steps: 3, forced: true, noise: Noise::All, blocks: 1, ..BASE },
         Shape { steps: 1, blocks: 1, offset: 1000.0, ..BASE },
+        // A second pass for the sequences beyond eight stages over rows that the first has just read.
+        Shape { steps: 1, images: 5, width: 40, mlp_width: 56, blocks: 1, token_dim: 16, ..BASE },
     ];
     let medium = [
         Shape { steps: 5, width: 128, mlp_width: 512, blocks: 4, ..BASE },
