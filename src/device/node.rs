@@ -174,6 +174,12 @@ impl NodeList {
         &self.nodes
     }
 
+    /// Symbol of the kernel that writes `span` last, or `host` if no node does: names sources in reports.
+    pub fn writer(&self, span: Span) -> &'static str {
+        let writes = |node: &&Node| node.writes.iter().any(|w| w.overlaps(&span));
+        self.nodes.iter().rev().find(writes).map_or("host", |node| node.kernel.symbol)
+    }
+
     /// Direct predecessors of node `index`.
     pub fn deps(&self, index: usize) -> &[usize] {
         &self.deps[index]

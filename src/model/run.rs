@@ -7,7 +7,7 @@ use super::arena::{Arena, Layout, Life, Slot, Stage};
 use super::backbone::{Cache, Rows, rope_table};
 use super::flow_head::{DrawSource, FlowBuffers, FlowTaps, check_sizes};
 use super::nextstep::NextStep;
-use crate::device::{Buffer, Device, DeviceInfo, NodeList, Span, Stream};
+use crate::device::{Buffer, Device, DeviceInfo, Node, NodeList, Span, Stream};
 use crate::error::{Error, Result};
 use crate::ops::params::{GenerationState, GridBarrier, SolverStep};
 use crate::ops::{self, DType, Launch, Selection};
@@ -378,7 +378,7 @@ impl Run {
     }
 
     fn launch<'a>(&self, selection: &'a Selection) -> Launch<'a> {
-        Launch { selection, dtype: self.model.dtype, sm_count: self.sm_count, dependent: false }
+        Launch { selection, dtype: self.model.dtype, sm_count: self.sm_count, dependent: true }
     }
 
     /// The spec this run was made of.
@@ -595,15 +595,15 @@ impl Run {
         Ok((list, decoded))
     }
 
-    /// Runs a list once, calling `after` with the label of every finished node: for taps.
+    /// Runs a list once, calling `after` with every finished node: for taps.
     pub fn run_once(
         &mut self,
         list: &NodeList,
-        mut after: impl FnMut(&str, &mut dyn Stream) -> Result<()>,
+        mut after: impl FnMut(&Node, &mut dyn Stream) -> Result<()>,
     ) -> Result<()> {
         for node in list.nodes() {
             self.stream.launch(node)?;
-            after(&node.label, self.stream.as_mut())?;
+            after(node, self.stream.as_mut())?;
         }
         self.stream.synchronize()
     }

@@ -68,9 +68,10 @@ pub(super) fn network(context: &Context<'_>, models: &mut Models) -> Result<Vec<
         DType::Bf16 => Tolerance::MeanMax { mean: 0.01, max: 0.06 },
     };
     let time = read(run.stream(), buffers.time, dtype)?;
-    comparer.tensor("time_embed", &time, "linear", tolerance)?;
+    // Embedded before the list by the same kernel as the condition.
+    comparer.tensor("time_embed", &time, list.writer(buffers.cond), tolerance)?;
     let cond = read(run.stream(), buffers.cond, dtype)?;
-    comparer.tensor("cond_embed", &cond, "linear", tolerance)?;
+    comparer.tensor("cond_embed", &cond, list.writer(buffers.cond), tolerance)?;
     let modulation = read(run.stream(), buffers.modulation, dtype)?;
     let outputs = dims.modulation_outputs();
     for block in 0..dims.blocks {
@@ -79,12 +80,13 @@ pub(super) fn network(context: &Context<'_>, models: &mut Models) -> Result<Vec<
             let start = (row * rows + row) * outputs + block * 3 * dims.width;
             diagonal.extend_from_slice(&modulation[start..start + 3 * dims.width]);
         }
-        comparer.tensor(&format!("block{block}.mod"), &diagonal, "flow_modulation", tolerance)?;
+        let kernel = list.writer(buffers.modulation);
+        comparer.tensor(&format!("block{block}.mod"), &diagonal, kernel, tolerance)?;
     }
     let v = read(run.stream(), buffers.taps.v_raw.ok_or_else(missing)?, DType::F32)?;
     let diagonal: Vec<f32> =
         (0..rows).flat_map(|r| v[(r * rows + r) * dims.token_dim..][..dims.token_dim].to_vec()).collect();
-    comparer.tensor("velocity", &diagonal, "flow_chain", tolerance)?;
+    comparer.tensor("velocity", &diagonal, list.writer(buffers.tokens), tolerance)?;
     let mut required: Vec<String> =
         ["sinusoid", "time_embed", "cond_embed", "velocity"].map(String::from).to_vec();
     required.extend((0..dims.blocks).map(|b| format!("block{b}.mod")));
@@ -176,10 +178,11 @@ fn variant(
     let mut x_net = draws[..images * k].to_vec();
     x_net.extend_from_slice(&x[..(steps - 1) * images * k]);
     let tolerance = Tolerance::Max(2e-5);
+    let kernel = list.writer(buffers.tokens);
     comparer.tensor(&format!("{name}.t_net"), &times, "host", Tolerance::Exact)?;
-    comparer.tensor(&format!("{name}.x_net"), &x_net, "flow_chain", tolerance)?;
-    comparer.tensor(&format!("{name}.v"), &v, "flow_chain", tolerance)?;
-    comparer.tensor(&format!("{name}.out"), &out, "flow_chain", tolerance)
+    comparer.tensor(&format!("{name}.x_net"), &x_net, kernel, tolerance)?;
+    comparer.tensor(&format!("{name}.v"), &v, kernel, tolerance)?;
+    comparer.tensor(&format!("{name}.out"), &out, kernel, tolerance)
 }
 
 /// cfg and cfg_img of the recorded rescale, as the case's own note says.

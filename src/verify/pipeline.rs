@@ -1,7 +1,7 @@
 //! Cases of kind `pipeline`: a whole generation, stage by stage under teacher forcing.
 
 use super::{CaseFile, Comparer, Context, Models, Outcome, Recorded, Tolerance};
-use crate::device::{Span, Stream};
+use crate::device::{Node, NodeList, Span, Stream};
 use crate::error::Result;
 use crate::model::nextstep::NextStep;
 use crate::model::run::{Draws, Run, RunSpec};
@@ -102,40 +102,19 @@ pub(super) fn run(context: &Context<'_>, models: &mut Models) -> Result<Outcome>
     stages.decode(&mut run)?;
     stages.sample(&mut run)?;
     stages.image(&mut run)?;
-    Ok(Outcome::Ran(comparer.finish(&required(case, recording.model.backbone.layers()))))
+    Ok(Outcome::Ran(comparer.finish(&required(case)?)))
 }
 
-/// The tensors that must have been compared.
-fn required(case: &CaseFile, layers: usize) -> Vec<String> {
-    let mut names: Vec<String> = [
-        "input_ids",
-        "attention_mask",
-        "prefill.inputs_embeds",
-        "prefill.norm",
-        "decode.norm",
-        "cond",
-        "decode.inputs_embeds",
-        "cfg_schedule",
-        "fm.t_net",
-        "fm.v_raw",
-        "fm.v",
-        "fm.x_net",
-        "fm.out",
-        "tokens",
-        "latents",
-        "image",
-        "image_u8",
-    ]
-    .map(String::from)
-    .to_vec();
-    for stage in ["prefill", "decode0", "decode1"] {
-        names.extend((0..layers).map(|i| format!("{stage}.layer{i}")));
-    }
-    // Recorded only where it differs from the network's input.
-    if case.has("fm.x") {
-        names.push("fm.x".into());
-    }
-    names
+/// The tensors that must have been compared: all but what a run is given, what repeats others, and the norms inside
+/// the products, whose q, k, v and MLP outputs are compared.
+fn required(case: &CaseFile) -> Result<Vec<String>> {
+    let given = |name: &str| name.starts_with("draw.") || name == "rope_inv_freq";
+    let repeated = |name: &str| {
+        let step = name.strip_prefix("decode").and_then(|n| n.split_once('.'));
+        step.is_some_and(|(step, tensor)| !step.is_empty() && matches!(tensor, "inputs_embeds" | "norm"))
+    };
+    let inside = |name: &str| name.ends_with(".in_norm");
+    Ok(case.names()?.into_iter().filter(|n| !given(n) && !repeated(n) && !inside(n)).collect())
 }
 
 /// Rows of `input_ids` where `attention_mask` is 1.
@@ -293,16 +272,18 @@ impl Stages<'_, '_> {
         let inputs = self.real_rows(&self.case.tensor("prefill.inputs_embeds")?);
         run.stream().upload(rows.x.ptr, bytemuck::cast_slice(&inputs))?;
         let list = run.record_prefill(false)?;
-        let mut taps = Taps::default();
-        run.run_once(&list, |label, stream| taps.collect(label, "prefill", stream, &rows, dtype))?;
+        let mut taps = Taps::new(&inputs);
+        run.run_once(&list, |node, stream| taps.collect(node, "prefill", stream, &rows, dtype))?;
         self.compare_layers("prefill", &taps)?;
-        self.compare_cache(run, "prefill")?;
+        let writer = list.writer(run.cache().keys);
+        self.compare_cache(run, "prefill", writer)?;
+        self.compare_rotations(run)?;
         let norm = buffers.norm.ok_or_else(|| self.case.invalid("run without taps"))?;
         let list = run.record_prefill_norm()?;
         run.run_once(&list, |_, _| Ok(()))?;
         let hidden = inputs.len() / rows.rows;
         let got = read(run.stream(), norm.slice(0, rows.rows * hidden * dtype.bytes()), dtype)?;
-        self.compare_rows("prefill.norm", &got, "out_proj")
+        self.compare_rows("prefill.norm", &got, list.writer(norm))
     }
 
     /// Token ids and padding as recorded; that our own prompt code builds them is what `prompts.json` tests.
@@ -356,8 +337,8 @@ impl Stages<'_, '_> {
         Ok(())
     }
 
-    /// Keys and values of layer 0 of the prompt, read back from the cache.
-    fn compare_cache(&mut self, run: &mut Run, stage: &str) -> Result<()> {
+    /// Keys and values of layer 0, read back from the cache: of the whole prompt, or of the first image token.
+    fn compare_cache(&mut self, run: &mut Run, stage: &str, kernel: &str) -> Result<()> {
         let cache = *run.cache();
         let (key_name, value_name) = (format!("{stage}.l0.k_rope"), format!("{stage}.l0.v"));
         if !self.case.has(&key_name) {
@@ -371,7 +352,8 @@ impl Stages<'_, '_> {
             let all = read(run.stream(), span.slice(0, layer), self.dtype)?;
             let mut got = Vec::new();
             for (s, prompt) in self.rows.ids.iter().enumerate() {
-                for p in 0..prompt.len() {
+                let range = if stage == "prefill" { 0..prompt.len() } else { prompt.len()..prompt.len() + 1 };
+                for p in range {
                     for h in 0..heads {
                         got.extend_from_slice(&all[((s * heads + h) * slots + p) * d..][..d]);
                     }
@@ -380,10 +362,36 @@ impl Stages<'_, '_> {
             let recorded = self.case.tensor(&name)?;
             let expected = match recorded.shape.len() {
                 4 => self.real_heads(&recorded),
-                _ => self.real_rows(&recorded),
+                _ if stage == "prefill" => self.real_rows(&recorded),
+                _ => recorded.values.clone(),
             };
             let tolerance = self.hidden_tolerance();
-            self.comparer.values(&name, recorded.shape, &got, &expected, "qkv", tolerance);
+            self.comparer.values(&name, recorded.shape, &got, &expected, kernel, tolerance);
+        }
+        Ok(())
+    }
+
+    /// The rotary table against the cosines and sines of the prompt's positions and of the first image token's.
+    /// The official table repeats its halves; ours has them once.
+    fn compare_rotations(&mut self, run: &mut Run) -> Result<()> {
+        let cache = *run.cache();
+        let d = run.spec().frequencies.len() * 2;
+        let table = read(run.stream(), cache.rope, DType::F32)?;
+        for (stage, first, count) in [("prefill", 0, self.rows.padded), ("decode0", self.rows.padded, 1)] {
+            for (name, half) in [("rope_cos", 0), ("rope_sin", d / 2)] {
+                let name = format!("{stage}.{name}");
+                if !self.case.has(&name) {
+                    continue;
+                }
+                let got: Vec<f32> =
+                    (first..first + count).flat_map(|p| table[p * d + half..][..d / 2].repeat(2)).collect();
+                // Cosines of two libraries differ in the last place, which bf16 may round apart by one of its own.
+                let tolerance = match self.dtype {
+                    DType::F32 => Tolerance::Max(2e-7),
+                    DType::Bf16 => Tolerance::Max(1.0 / 256.0),
+                };
+                self.comparer.tensor(&name, &got, "host", tolerance)?;
+            }
         }
         Ok(())
     }
@@ -397,9 +405,9 @@ impl Stages<'_, '_> {
         let norm = buffers.norm.ok_or_else(|| self.case.invalid("run without taps"))?;
         let hidden = inputs.values.len() / (tokens * self.rows.ids.len());
         let row_bytes = self.rows.ids.len() * hidden * dtype.bytes();
-        let mut condition_list = crate::device::NodeList::new();
+        let mut condition_list = NodeList::new();
         run.record_condition(&mut condition_list)?;
-        let mut step_list = crate::device::NodeList::new();
+        let mut step_list = NodeList::new();
         run.record_step(&mut step_list)?;
         let (mut norms, mut conditions) = (Vec::new(), Vec::new());
         for token in 0..tokens {
@@ -409,15 +417,18 @@ impl Stages<'_, '_> {
                 norms.extend(read(run.stream(), norm.slice(0, row_bytes), dtype)?);
             }
             run.stream().upload(buffers.decode.x.ptr, bytemuck::cast_slice(inputs.at(token)))?;
-            let mut taps = Taps::default();
+            let mut taps = Taps::new(inputs.at(token));
             let stage = format!("decode{token}");
             let tapped = self.case.has(&format!("{stage}.layer0"));
-            run.run_once(&step_list, |label, stream| match tapped {
-                true => taps.collect(label, "decode", stream, &buffers.decode, dtype),
+            run.run_once(&step_list, |node, stream| match tapped {
+                true => taps.collect(node, "decode", stream, &buffers.decode, dtype),
                 false => Ok(()),
             })?;
             if tapped {
                 self.compare_layers(&stage, &taps)?;
+                if token == 0 {
+                    self.compare_cache(run, &stage, step_list.writer(run.cache().keys))?;
+                }
             }
         }
         // The norm of the last step, which nobody uses, is recorded as well.
@@ -425,8 +436,9 @@ impl Stages<'_, '_> {
         run.run_once(&condition_list, |_, _| Ok(()))?;
         norms.extend(read(run.stream(), norm.slice(0, row_bytes), dtype)?);
         let tolerance = self.hidden_tolerance();
-        self.comparer.tensor("decode.norm", &norms, "out_proj", tolerance)?;
-        self.comparer.tensor("cond", &conditions, "out_proj", tolerance)
+        self.comparer.tensor("decode.norm", &norms, condition_list.writer(norm), tolerance)?;
+        let kernel = condition_list.writer(buffers.condition);
+        self.comparer.tensor("cond", &conditions, kernel, tolerance)
     }
 
     /// Sets the token index that sampling reads.
@@ -446,6 +458,7 @@ impl Stages<'_, '_> {
         let dtype = self.dtype;
         let (mut v_raw, mut v, mut x, mut x_net, mut out) = (vec![], vec![], vec![], vec![], vec![]);
         let mut embeds = Vec::new();
+        let mut kernel = "";
         let states = if self.case.has("fm.x") { Some(self.case.tensor("fm.x")?) } else { None };
         for token in 0..tokens {
             self.rewind(run, token)?;
@@ -458,8 +471,9 @@ impl Stages<'_, '_> {
                 // What the network is given: the state rounded to the model's dtype.
                 x_net.extend(encode(dtype, states).1);
             }
-            let mut list = crate::device::NodeList::new();
+            let mut list = NodeList::new();
             run.record_sample(&mut list, forced)?;
+            kernel = list.writer(buffers.tokens);
             run.run_once(&list, |_, _| Ok(()))?;
             let mut tap = |span: Option<Span>| match span {
                 Some(span) => read(run.stream(), span, DType::F32),
@@ -476,8 +490,8 @@ impl Stages<'_, '_> {
         let velocity = self.velocity_tolerance();
         let hidden = self.hidden_tolerance();
         self.comparer.tensor("fm.x_net", &x_net, "host", Tolerance::Exact)?;
-        self.comparer.tensor("fm.v_raw", &v_raw, "flow_chain", velocity)?;
-        self.comparer.tensor("fm.v", &v, "flow_chain", self.guided_tolerance())?;
+        self.comparer.tensor("fm.v_raw", &v_raw, kernel, velocity)?;
+        self.comparer.tensor("fm.v", &v, kernel, self.guided_tolerance())?;
         if let Some(recorded) = states {
             // Recorded before every evaluation: the first is the noise, the others follow from our own steps.
             let count = recorded.shape[1];
@@ -487,12 +501,12 @@ impl Stages<'_, '_> {
                 kept.extend_from_slice(&recorded.at(token)[..row]);
                 kept.extend_from_slice(&after[..row * (count - 1)]);
             }
-            self.comparer.tensor("fm.x", &kept, "flow_chain", self.guided_tolerance())?;
+            self.comparer.tensor("fm.x", &kept, kernel, self.guided_tolerance())?;
         }
-        self.comparer.tensor("fm.out", &out, "flow_chain", self.guided_tolerance())?;
+        self.comparer.tensor("fm.out", &out, kernel, self.guided_tolerance())?;
         let stored = read(run.stream(), buffers.tokens, dtype)?;
-        self.comparer.tensor("tokens", &stored, "flow_chain", self.guided_tolerance())?;
-        self.comparer.tensor("decode.inputs_embeds", &embeds, "flow_chain", hidden)
+        self.comparer.tensor("tokens", &stored, kernel, self.guided_tolerance())?;
+        self.comparer.tensor("decode.inputs_embeds", &embeds, kernel, hidden)
     }
 
     /// After guidance an error of one branch counts cfg times.
@@ -525,6 +539,7 @@ impl Stages<'_, '_> {
         super::vae::compare_decoded(
             self.comparer,
             run.stream(),
+            &list,
             &decoded,
             self.dtype,
             ["latents", "image", "image_u8"],
@@ -533,35 +548,52 @@ impl Stages<'_, '_> {
 }
 
 /// Outputs collected while a list runs.
-#[derive(Default)]
 struct Taps {
+    /// Residual stream after the last node that added to it.
+    stream: Vec<f32>,
     /// Residual stream after every layer, and the kernel that wrote it.
-    layers: Vec<(String, Vec<f32>)>,
+    layers: Vec<(&'static str, Vec<f32>)>,
     /// Layer 0: recorded name, values, kernel.
-    first: Vec<(&'static str, Vec<f32>, String)>,
+    first: Vec<(&'static str, Vec<f32>, &'static str)>,
 }
 
 impl Taps {
+    /// `inputs`: the residual stream before the first layer.
+    fn new(inputs: &[f32]) -> Taps {
+        Taps { stream: inputs.to_vec(), layers: Vec::new(), first: Vec::new() }
+    }
+
+    /// What `node` left: the norms are inside the products and reach no memory; what the residual products add is
+    /// the difference they make.
     fn collect(
         &mut self,
-        label: &str,
+        node: &Node,
         stage: &str,
         stream: &mut dyn Stream,
         rows: &crate::model::backbone::Rows,
         dtype: DType,
     ) -> Result<()> {
-        let Some(rest) = label.strip_prefix(stage).and_then(|l| l.strip_prefix(".layer")) else {
+        let Some(rest) = node.label.strip_prefix(stage).and_then(|l| l.strip_prefix(".layer")) else {
             return Ok(());
         };
         let Some((layer, op)) = rest.split_once('.') else {
             return Ok(());
         };
-        match (layer, op) {
-            (_, "down") => self.layers.push(("down".into(), read(stream, rows.x, DType::F32)?)),
-            ("0", "qkv") => self.first.push(("q_rope", read(stream, rows.q, dtype)?, "qkv".into())),
-            ("0", "attention") => {
-                self.first.push(("attn_ctx", read(stream, rows.context, dtype)?, "attention".into()));
+        let kernel = node.kernel.symbol;
+        if matches!(op, "o_proj" | "down") {
+            let after = read(stream, rows.x, DType::F32)?;
+            if layer == "0" {
+                let added = after.iter().zip(&self.stream).map(|(after, before)| after - before).collect();
+                self.first.push((if op == "down" { "mlp_out" } else { "attn_out" }, added, kernel));
             }
+            if op == "down" {
+                self.layers.push((kernel, after.clone()));
+            }
+            self.stream = after;
+        }
+        match (layer, op) {
+            ("0", "qkv") => self.first.push(("q_rope", read(stream, rows.q, dtype)?, kernel)),
+            ("0", "attention") => self.first.push(("attn_ctx", read(stream, rows.context, dtype)?, kernel)),
             _ => {}
         }
         Ok(())

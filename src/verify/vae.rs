@@ -3,7 +3,7 @@
 use super::models::folder;
 use super::pipeline::read;
 use super::{Comparer, Context, Outcome, Tolerance};
-use crate::device::Stream;
+use crate::device::{NodeList, Stream};
 use crate::error::Result;
 use crate::model::config::VaeConfig;
 use crate::model::upload::Uploader;
@@ -39,16 +39,17 @@ fn tolerance(dtype: DType) -> Tolerance {
 pub(super) fn compare_decoded(
     comparer: &mut Comparer<'_>,
     stream: &mut dyn Stream,
+    list: &NodeList,
     decoded: &Decoded,
     dtype: DType,
     [latent, image, pixels]: [&str; 3],
 ) -> Result<()> {
-    let spans = [(latent, decoded.latent, "unpatchify"), (image, decoded.image, "conv2d")];
-    for (name, span, variants) in spans.into_iter().filter(|(name, ..)| !name.is_empty()) {
+    let spans = [(latent, decoded.latent), (image, decoded.image)];
+    for (name, span) in spans.into_iter().filter(|(name, _)| !name.is_empty()) {
         let recorded = comparer.case.tensor(name)?;
         let expected = channels_last(&recorded.shape, &recorded.values);
         let got = read(stream, span, dtype)?;
-        comparer.values(name, recorded.shape, &got, &expected, variants, tolerance(dtype));
+        comparer.values(name, recorded.shape, &got, &expected, list.writer(span), tolerance(dtype));
     }
     let mut rgb = vec![0; decoded.rgb.bytes];
     stream.download(decoded.rgb.ptr, &mut rgb)?;
@@ -59,7 +60,7 @@ pub(super) fn compare_decoded(
         // Twice the decoder's bounds: a level is 1/255 of half the range of its output.
         DType::Bf16 => Tolerance::MeanMax { mean: 0.02 * 127.5, max: 0.15 * 127.5 },
     };
-    comparer.values(pixels, recorded.shape, &got, &recorded.values, "to_rgb8", tolerance);
+    comparer.values(pixels, recorded.shape, &got, &recorded.values, list.writer(decoded.rgb), tolerance);
     Ok(())
 }
 
@@ -85,9 +86,9 @@ pub(super) fn run(context: &Context<'_>) -> Result<Outcome> {
         selection: &context.options.selection,
         dtype,
         sm_count: context.device.info().sm_count,
-        dependent: false,
+        dependent: true,
     };
-    let mut list = crate::device::NodeList::new();
+    let mut list = NodeList::new();
     let decoded = decoder.record_latent(&launch, &mut list, images, (height, width), arena.span(), true)?;
     let (latent, _) = encode(dtype, channels_last(&input.shape, &input.values));
     stream.upload(decoded.latent.ptr, &latent)?;
@@ -112,7 +113,8 @@ pub(super) fn run(context: &Context<'_>) -> Result<Outcome> {
         }
     }
     stream.synchronize()?;
-    compare_decoded(&mut comparer, stream.as_mut(), &decoded, dtype, ["", "decode.out", "decode.out_u8"])?;
+    let names = ["", "decode.out", "decode.out_u8"];
+    compare_decoded(&mut comparer, stream.as_mut(), &list, &decoded, dtype, names)?;
     required.extend(case.names()?.into_iter().filter(|n| n.starts_with("tap.decoder.")));
     Ok(Outcome::Ran(comparer.finish(&required)))
 }
