@@ -35,7 +35,8 @@ struct Shared {
 };
 
 /* Unnormalised sums of slots lo..hi for `heads` query heads starting at q: left in sh.weights as
- * [slice][d][kHeads], with sh.max and sh.denominator. An empty range leaves zeros and minus infinity. */
+ * [slice][d][kHeads], with sh.max and sh.denominator. An empty range leaves zeros and minus infinity. Earlier results
+ * may still be read when it is called: they are not written before its first barrier. */
 template <class E>
 DEV void attend(const Shared& sh, const E* q, const E* k_head, const E* v_head, uint32_t heads, uint32_t d, uint32_t lo,
                 uint32_t hi, float scale, uint32_t slice, uint32_t column, bool sums_here) {
@@ -156,7 +157,6 @@ DEV void attention(const AttentionParams& p) {
 
   for (uint32_t h0 = 0; h0 < group; h0 += kHeads) {
     const uint32_t heads = group - h0 < kHeads ? group - h0 : kHeads;
-    block_sync();
     attend(sh, ptr<const E>(p.q) + (first_head + h0) * d, k_head, v_head, heads, d, lo, hi, p.scale, slice,
            column, slice < slices);
     for (uint32_t i = tid_x(); i < heads * d; i += kThreads) {

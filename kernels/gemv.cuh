@@ -104,8 +104,8 @@ DEV float activation(const Normed<E>& h, const float* inverse_rms, size_t row, u
   return h.add ? round_to<E>(v + to_f32(h.add[k])) : v;
 }
 
-/* inverse_rms[i] = 1 / sqrt(mean(x[row0 + i, :]^2) + eps) for i < rows. All threads call it, between barriers of
- * the caller's; the result is visible to the block when it returns. */
+/* inverse_rms[i] = 1 / sqrt(mean(x[row0 + i, :]^2) + eps) for i < rows. All threads call it; what they read of an earlier
+ * result they have read before its first barrier lets anyone write; the result is visible to the block when it returns. */
 template <class E>
 DEV void prepare(const Raw<E>&, float*, uint32_t, uint32_t, uint32_t, bool) {}
 template <class E>
@@ -226,7 +226,6 @@ DEV void gemv_rows(const H& h, uint32_t row0, uint32_t rows, uint32_t inner, uin
                    bool vec, Weight weight, Emit emit) {
   SMEM_DYN(E, staged);
   SMEM(float, inverse_rms, kRowGroup);
-  block_sync();
   prepare(h, inverse_rms, row0, rows, inner, vec);
   const Share share = block_share(units);
   for (uint32_t base = share.first; base < share.end; base += kWarps) {

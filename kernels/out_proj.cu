@@ -17,7 +17,6 @@ DEV void write_norm(const OutProjParams& p, Normed<E> h) {
   const bool vec = p.hidden % 8 == 0 && aligned16(p.x);
   for (uint32_t row0 = 0; row0 < p.rows; row0 += kRowGroup) {
     const uint32_t rows = p.rows - row0 < kRowGroup ? p.rows - row0 : kRowGroup;
-    block_sync();
     prepare(h, inverse_rms, row0, rows, p.hidden, vec);
     for (uint32_t i = bid_x() * kThreads + tid_x(); i < rows * p.hidden; i += nbid_x() * kThreads) {
       const size_t at = size_t(row0) * p.hidden + i;

@@ -207,3 +207,14 @@ fn two_sessions_on_two_threads_do_not_disturb_each_other() {
     });
     assert_eq!(alone, together);
 }
+
+/// Every list is recorded with programmatic dependent launches. In the race build a kernel that touches what another
+/// node writes before it has waited, or never waits, fails here; the planted bugs show that it would.
+#[test]
+fn a_whole_picture_of_dependent_launches() {
+    let engine = engine();
+    let mut request = request(&engine, "a red circle on a blue background");
+    (request.width, request.height) = (32, 16);
+    request.sampler.steps = 2;
+    run(&engine, &request);
+}

@@ -40,6 +40,8 @@ fn cases() -> Vec<Case> {
         shape(1, 96, 256, false),
         shape(3, 80, 250, false),
         // Staged in several chunks of K, over several passes: 8 rows of 4 bytes hold 3072 columns, of 2 bytes 6144.
+        shape(8, 20, 3304, false),
+        shape(8, 20, 6200, false),
         shape(8, 200, 3304, false),
         shape(8, 150, 6200, true),
         shape(7, 34, 6171, false),
