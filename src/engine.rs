@@ -6,7 +6,7 @@ use crate::model::backbone::rope_frequencies;
 use crate::model::config::{ModelConfig, VaeConfig, check_vae_match, resolve_vae_dir};
 use crate::model::flow_head::DrawSource;
 use crate::model::nextstep::NextStep;
-use crate::model::run::{self, Draws, RunSpec};
+use crate::model::plan::{self, Draws, RunSpec};
 use crate::ops::{DType, Selection};
 use crate::prompt::{Prompt, build_rows};
 use crate::request::{Defaults, GenerateRequest, Limits, RequestFields};
@@ -270,7 +270,7 @@ impl Engine {
             taps: false,
             poison: self.options.poison_dead_buffers,
         };
-        let bytes = run::plan(&self.model, &self.device.info(), &spec)?;
+        let bytes = plan::plan(&self.model, &self.device.info(), &spec)?;
         let plan = Plan {
             weight_bytes: self.model.weight_bytes(),
             cache_bytes: bytes.cache,

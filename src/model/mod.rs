@@ -5,6 +5,7 @@ pub mod backbone;
 pub mod config;
 pub mod flow_head;
 pub mod nextstep;
+pub mod plan;
 pub mod run;
 pub mod upload;
 pub mod vae;

@@ -1,0 +1,252 @@
+//! What a generation needs, decided before anything is allocated: its settings, and every buffer's size and life.
+
+use super::arena::{Layout, Life, Slot, Stage};
+use super::flow_head::{DrawSource, check_sizes};
+use super::nextstep::NextStep;
+use crate::device::DeviceInfo;
+use crate::error::{Error, Result};
+use crate::ops;
+use crate::ops::params::{GenerationState, GridBarrier, SolverStep};
+
+impl From<&crate::sampler::SolverStep> for SolverStep {
+    fn from(step: &crate::sampler::SolverStep) -> SolverStep {
+        SolverStep { keep: step.keep, velocity: step.velocity, noise: step.noise, pad: 0 }
+    }
+}
+
+/// Where the random draws come from.
+#[derive(Clone, Debug)]
+pub enum Draws {
+    /// Made on the device, token by token.
+    Philox(DrawSource),
+    /// `[T, draws_per_token, B, K]`, recorded elsewhere.
+    Recorded(Vec<f32>),
+}
+
+/// Everything that decides one generation, with all host arithmetic done.
+#[derive(Clone, Debug)]
+pub struct RunSpec {
+    /// Token ids of every sequence, branch-major: sequence = branch * images + image.
+    pub prompts: Vec<Vec<u32>>,
+    /// Images B.
+    pub images: usize,
+    /// Guidance branches R.
+    pub branches: usize,
+    /// Token grid: rows and columns.
+    pub grid: (usize, usize),
+    /// Solver constants of the N evaluations.
+    pub steps: Vec<SolverStep>,
+    /// `[N, 256]`: sinusoids of the evaluation times.
+    pub sinusoid: Vec<f32>,
+    /// cfg and cfg_img for every token.
+    pub guidance: Vec<[f32; 2]>,
+    /// Draws per token.
+    pub draws_per_token: usize,
+    /// Their source.
+    pub draws: Draws,
+    /// LayerNorm over each token.
+    pub use_norm: bool,
+    /// Norm rescale after guidance.
+    pub rescale: bool,
+    /// Rotation frequencies, `[d / 2]`.
+    pub frequencies: Vec<f32>,
+    /// Added to every position of a sequence for its rotation angles (padding that the official code counts).
+    pub rope_offset: Vec<u32>,
+    /// Whether the position table of the model, if it has one, is added (the February code has none).
+    pub pos_embed: bool,
+    /// Allocate the buffers that verification reads.
+    pub taps: bool,
+    /// Fill buffers with NaN when their planned life ends.
+    pub poison: bool,
+}
+
+impl RunSpec {
+    /// Image tokens T.
+    pub fn tokens_total(&self) -> usize {
+        self.grid.0 * self.grid.1
+    }
+}
+
+/// Device bytes of a generation, known before anything is allocated.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, serde::Serialize)]
+pub struct RunBytes {
+    /// Key/value cache.
+    pub cache: u64,
+    /// Activations, tables, draws and pictures.
+    pub activations: u64,
+}
+
+/// Where everything lies.
+pub(super) struct Slots {
+    pub(super) ids: Slot,
+    pub(super) prefill_x: Slot,
+    pub(super) prefill_seq: Slot,
+    pub(super) prefill_pos: Slot,
+    pub(super) prefill_q: Slot,
+    pub(super) prefill_context: Slot,
+    pub(super) prefill_act: Slot,
+    pub(super) last_rows: Slot,
+    pub(super) x: Slot,
+    pub(super) row_seq: Slot,
+    pub(super) row_pos: Slot,
+    pub(super) q: Slot,
+    pub(super) context: Slot,
+    pub(super) act: Slot,
+    pub(super) partial: Slot,
+    pub(super) arrivals: Slot,
+    pub(super) rope: Slot,
+    pub(super) rope_offset: Slot,
+    pub(super) condition: Slot,
+    pub(super) time: Slot,
+    pub(super) cond: Slot,
+    pub(super) modulation: Slot,
+    pub(super) steps_table: Slot,
+    pub(super) guidance: Slot,
+    pub(super) draws: Slot,
+    pub(super) state: Slot,
+    pub(super) barrier: Slot,
+    pub(super) h: Slot,
+    pub(super) a: Slot,
+    pub(super) v_raw: Slot,
+    pub(super) tokens: Slot,
+    pub(super) vae: Slot,
+    pub(super) taps: Option<TapSlots>,
+}
+
+/// What only verification needs.
+pub(super) struct TapSlots {
+    pub(super) norm: Slot,
+    pub(super) scratch: Slot,
+    pub(super) forced_x: Slot,
+    pub(super) v_raw: Slot,
+    pub(super) v: Slot,
+    pub(super) x: Slot,
+    pub(super) sampled: Slot,
+}
+
+/// A layout with its sizes.
+pub(super) struct Planned {
+    pub(super) layout: Layout,
+    pub(super) slots: Slots,
+    pub(super) capacity: usize,
+    pub(super) splits: usize,
+    pub(super) cache_bytes: usize,
+}
+
+/// Lays out every buffer of a generation, by the stages it lives through.
+pub(super) fn plan_memory(model: &NextStep, info: &DeviceInfo, spec: &RunSpec) -> Result<Planned> {
+    let config = &model.config;
+    let element = model.dtype.bytes();
+    let float = size_of::<f32>();
+    let index = size_of::<u32>();
+    let (sequences, images) = (spec.prompts.len(), spec.images);
+    let dims = model.flow.dims;
+    if sequences == 0 || sequences != images * spec.branches {
+        return Err(Error::Internal(format!(
+            "{sequences} prompts for {images} x {} sequences",
+            spec.branches
+        )));
+    }
+    check_sizes(&dims, spec.steps.len(), sequences)?;
+    let rows: usize = spec.prompts.iter().map(Vec::len).sum();
+    let longest = spec.prompts.iter().map(Vec::len).max().unwrap_or(0);
+    let tokens = spec.tokens_total();
+    // The last image token is never fed back, but a slot for it keeps `advance` inside the cache.
+    let capacity = (longest + tokens).next_multiple_of(16);
+    let offset = spec.rope_offset.iter().copied().max().unwrap_or(0) as usize;
+    let positions = capacity + offset;
+    let head_values = config.num_key_value_heads * config.head_dim;
+    let cache_bytes = [config.num_hidden_layers, sequences, capacity, head_values, element]
+        .into_iter()
+        .try_fold(1usize, usize::checked_mul)
+        .ok_or_else(|| Error::request("size", "the key/value cache overflows"))?;
+    // By branches, not rows: the order of summation, and so the bits, must not depend on the batch.
+    let splits = ops::attention::splits(info.sm_count, spec.branches, config.num_key_value_heads, capacity);
+    let q_values = config.num_attention_heads * config.head_dim;
+    let mut layout = Layout::default();
+    let prefill = Life::only(Stage::Prefill);
+    let decode = Life::only(Stage::Decode);
+    let both = Life::between(Stage::Prefill, Stage::Decode);
+    let draw_slots = match spec.draws {
+        Draws::Philox(_) => 1,
+        Draws::Recorded(_) => tokens,
+    };
+    let vae_bytes = model.vae.plan(images, spec.grid, model.dtype)?;
+    let slots = Slots {
+        ids: layout.add("prefill.ids", rows, index, prefill)?,
+        prefill_x: layout.add("prefill.x", rows * config.hidden_size, float, prefill)?,
+        prefill_seq: layout.add("prefill.row_seq", rows, index, prefill)?,
+        prefill_pos: layout.add("prefill.row_pos", rows, index, prefill)?,
+        prefill_q: layout.add("prefill.q", rows * q_values, element, prefill)?,
+        prefill_context: layout.add("prefill.context", rows * q_values, element, prefill)?,
+        prefill_act: layout.add("prefill.act", rows * config.intermediate_size, element, prefill)?,
+        last_rows: layout.add("prefill.last_rows", sequences, index, prefill)?,
+        x: layout.add("x", sequences * config.hidden_size, float, both)?,
+        row_seq: layout.add("row_seq", sequences, index, both)?,
+        row_pos: layout.add("row_pos", sequences, index, both)?,
+        q: layout.add("q", sequences * q_values, element, decode)?,
+        context: layout.add("context", sequences * q_values, element, decode)?,
+        act: layout.add("act", sequences * config.intermediate_size, element, decode)?,
+        partial: layout.add(
+            "attention.partial",
+            sequences * config.num_attention_heads * splits * (config.head_dim + 2),
+            float,
+            both,
+        )?,
+        arrivals: layout.add("attention.arrivals", sequences * config.num_key_value_heads, index, both)?,
+        rope: layout.add("rope", positions * config.head_dim, float, both)?,
+        rope_offset: layout.add("rope_offset", sequences, index, both)?,
+        condition: layout.add("condition", sequences * config.hidden_size, element, both)?,
+        time: layout.add("flow.time", spec.steps.len() * dims.width, element, both)?,
+        cond: layout.add("flow.cond", sequences * dims.width, element, decode)?,
+        modulation: layout.add(
+            "flow.modulation",
+            spec.steps.len() * sequences * dims.modulation_outputs(),
+            element,
+            decode,
+        )?,
+        steps_table: layout.add("flow.steps", spec.steps.len(), size_of::<SolverStep>(), both)?,
+        guidance: layout.add("flow.guidance", tokens * 2, float, both)?,
+        draws: layout.add(
+            "flow.draws",
+            draw_slots * spec.draws_per_token * images * dims.token_dim,
+            float,
+            both,
+        )?,
+        state: layout.add("state", 1, size_of::<GenerationState>(), Life::ALWAYS)?,
+        barrier: layout.add("flow.barrier", 1, size_of::<GridBarrier>(), both)?,
+        h: layout.add("flow.h", sequences * dims.width, float, decode)?,
+        a: layout.add("flow.a", sequences * dims.mlp_width, float, decode)?,
+        v_raw: layout.add("flow.v_raw", sequences * dims.token_dim, float, decode)?,
+        tokens: layout.add("tokens", images * tokens * dims.token_dim, element, Life::ALWAYS)?,
+        vae: layout.add("vae", vae_bytes, 1, Life::only(Stage::Image))?,
+        taps: match spec.taps {
+            false => None,
+            true => {
+                let per_step = spec.steps.len() * dims.token_dim;
+                let all = Life::ALWAYS;
+                Some(TapSlots {
+                    norm: layout.add("tap.norm", rows.max(sequences) * config.hidden_size, element, all)?,
+                    scratch: layout.add(
+                        "tap.scratch",
+                        rows.max(sequences) * config.hidden_size,
+                        element,
+                        all,
+                    )?,
+                    forced_x: layout.add("tap.forced_x", per_step * images, float, all)?,
+                    v_raw: layout.add("tap.v_raw", per_step * sequences, float, all)?,
+                    v: layout.add("tap.v", per_step * images, float, all)?,
+                    x: layout.add("tap.x", per_step * images, float, all)?,
+                    sampled: layout.add("tap.sampled", images * dims.token_dim, float, all)?,
+                })
+            }
+        },
+    };
+    Ok(Planned { layout, slots, capacity, splits, cache_bytes })
+}
+
+/// Bytes that [`Run::new`](super::run::Run::new) will allocate.
+pub fn plan(model: &NextStep, info: &DeviceInfo, spec: &RunSpec) -> Result<RunBytes> {
+    let planned = plan_memory(model, info, spec)?;
+    Ok(RunBytes { cache: 2 * planned.cache_bytes as u64, activations: planned.layout.bytes() as u64 })
+}
