@@ -5,7 +5,7 @@ use clap::Args;
 use std::process::ExitCode;
 use warpstep::device::emulated::{EmulatedDevice, EmulatedOptions, build_kind};
 use warpstep::device::{Device, cubins};
-use warpstep::ops;
+use warpstep::{conformance, ops};
 
 /// Report what this machine and this build can do.
 #[derive(Args)]
@@ -33,6 +33,7 @@ impl Doctor {
                     "kernels": variants,
                     "emulator": build_kind(),
                     "emulated_sm_count": emulated.sm_count,
+                    "primitives_verified_on": conformance::VERIFIED_ON,
                     "nvidia_driver": driver,
                     "cpu_threads": cpu,
                     "demo_model": cfg!(feature = "demo-model"),
@@ -54,6 +55,11 @@ impl Doctor {
             build_kind(),
             emulated.sm_count
         );
+        let primitives = conformance::UNITS.iter().map(|unit| unit.primitives.len()).sum::<usize>();
+        match conformance::VERIFIED_ON {
+            [] => println!("primitives: {primitives}, none compared with a GPU yet (kernels conformance)"),
+            gpus => println!("primitives: {primitives}, compared with {}", gpus.join(", ")),
+        }
         println!("NVIDIA driver: {}", if driver { "loaded" } else { "not loaded" });
         println!("CUDA device: not driven by this version; every command uses the emulated device");
         println!("demo model: {}", if cfg!(feature = "demo-model") { "embedded" } else { "not embedded" });
