@@ -77,6 +77,7 @@ impl Recording {
             },
             rope_offset: rows.padding.clone(),
             pos_embed: sampler.generation() == Generation::August,
+            preview_every_rows: None,
             taps: true,
             poison: true,
         };
