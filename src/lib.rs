@@ -31,7 +31,7 @@
 //!
 //! # Threads
 //!
-//! An [`engine::Engine`] is shared freely; each [`session::Session`] is used by one thread at a time.
+//! Load one [`engine::Engine`] and share it; make a [`session::Session`] for each thread that generates.
 //!
 //! # Promises to a host process
 //!

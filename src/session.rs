@@ -219,3 +219,19 @@ fn token_loop(run: &mut Run, lists: &Lists, listener: &mut Listener<'_>) -> Resu
     }
     Ok(())
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn engines_are_shared_and_sessions_move() {
+        fn shared<T: Send + Sync>() {}
+        fn moved<T: Send>() {}
+        shared::<Engine>();
+        shared::<CancelToken>();
+        shared::<Error>();
+        moved::<Session>();
+        moved::<Event>();
+    }
+}
