@@ -2,7 +2,7 @@
 
     python check.py DIR      # DIR/captions.tsv has one line "file<TAB>caption" per picture
 
-prints the percentages with standard errors and lists what failed;
+prints the percentages with standard errors and lists what failed (`--strict` then exits with 1);
 
     python check.py DIR --compare DIR2
 
@@ -153,11 +153,12 @@ def wrong(verdict):
 
 
 def check_directory(directory):
-    """Judge DIR's pictures and print the table and the failures."""
+    """Judge DIR's pictures, print the table and the failures; whether there were none."""
     verdicts, kinds = judge_directory(directory)
     rows = zip(read_captions(directory), verdicts)
     failed = [f"{name}\t{text}\t{wrong(verdict)}" for (name, text), verdict in rows if not verdict["all"]]
     print(*table(verdicts, kinds), *failed, sep="\n")
+    return not failed
 
 
 def compare_directories(first, second):
@@ -197,6 +198,7 @@ def main():
     parser.add_argument("directory", nargs="?", help="pictures and captions.tsv")
     parser.add_argument("--self-test", action="store_true", help="judge ground-truth renderings")
     parser.add_argument("--compare", metavar="DIR2", help="list the captions whose verdict differs in DIR2")
+    parser.add_argument("--strict", action="store_true", help="exit with 1 unless every picture is right")
     parser.add_argument("--draw", type=int, metavar="N", help="print N captions and judge nothing")
     parser.add_argument("--kind", choices=("mixed", *scenes.MIXED), default="mixed", help="kind of captions to draw")
     parser.add_argument("--seed", type=int, default=1, help="seed of the captions to draw")
@@ -208,7 +210,8 @@ def main():
     elif args.directory and args.compare:
         compare_directories(args.directory, args.compare)
     elif args.directory:
-        check_directory(args.directory)
+        if not check_directory(args.directory) and args.strict:
+            sys.exit(1)
     else:
         parser.error("give a directory, --draw N or --self-test")
 
