@@ -1,6 +1,6 @@
 """Records what this code computes on a finished model, as cases that `warpstep verify` compares the engine with.
 
-    python record.py MODEL_DIR --out ../../tests/golden/cases
+    python tools/demo/record.py MODEL_DIR --out tests/golden/cases
 
 writes `demo_*.safetensors` (earlier ones there are replaced) and prints each file's size and what `check.py` says of
 its picture. The model's folder is named MODEL in the files, where the engine looks for it beside the cases' folder.
