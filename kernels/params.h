@@ -245,3 +245,11 @@ typedef struct {
   uint64_t rgb; /* [B, h, w, 3] uint8, written */
   uint64_t elements;
 } ToRgb8Params;
+
+/* What one conformance kernel is given and leaves (kernels/conformance.cu). */
+typedef struct {
+  uint64_t in;      /* [count_in] uint32 */
+  uint64_t out;     /* [count_out] uint32, zero before the launch, written */
+  uint64_t scratch; /* [256] uint32, zero before the launch: flags and counters */
+  uint32_t count_in, count_out;
+} ConformanceParams;

@@ -267,6 +267,7 @@ impl Engine {
             rescale: sampler.rescale,
             frequencies: rope_frequencies(config.rope_theta, config.head_dim),
             pos_embed: config.use_gen_pos_embed,
+            preview_every_rows: request.preview_every_rows,
             taps: false,
             poison: self.options.poison_dead_buffers,
         };

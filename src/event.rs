@@ -1,5 +1,6 @@
 //! What a running generation tells its caller, and how the caller stops it.
 
+use crate::image::RgbImage;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
@@ -30,6 +31,16 @@ pub enum Event {
         done: usize,
         /// Rows in all.
         of: usize,
+    },
+    /// What is finished of the pictures, if the request asked for it: close to what it will be, not the same, because
+    /// the decoder's norms and convolutions look at the whole picture.
+    Preview {
+        /// Rows of tokens that the pictures show.
+        rows: usize,
+        /// Rows in all.
+        of: usize,
+        /// One picture per image of the batch, as high as the rows that are there.
+        images: Vec<RgbImage>,
     },
     /// An image is decoded.
     Image {

@@ -27,10 +27,11 @@
 //! | [`model`] | configs, weights on the device, the order of ops, the memory plan |
 //! | [`ops`] | one op per file: shapes, geometry, declared reads and writes; the registry and the test harness |
 //! | [`device`] | memory, node lists, replay; the emulated device |
+//! | [`conformance`] | whether a device's primitives do what the PTX manual says |
 //!
 //! # Threads
 //!
-//! An [`engine::Engine`] is shared freely; each [`session::Session`] is used by one thread at a time.
+//! Load one [`engine::Engine`] and share it; make a [`session::Session`] for each thread that generates.
 //!
 //! # Promises to a host process
 //!
@@ -38,6 +39,7 @@
 //! from checkpoints, and allocates no more device memory than [`engine::Engine::plan`] says.
 #![warn(missing_docs)]
 
+pub mod conformance;
 pub mod demo;
 pub mod device;
 pub mod engine;

@@ -18,6 +18,7 @@ use crate::sampler::{
 };
 use serde::Serialize;
 use std::fmt::Write;
+use std::num::NonZeroU32;
 
 /// A picture, or `n` of them, to be generated from text.
 #[derive(Clone, Debug, PartialEq, Serialize)]
@@ -40,6 +41,10 @@ pub struct GenerateRequest {
     pub first_image: u32,
     /// Seed of the noise.
     pub seed: u64,
+    /// Send a preview after every so many rows of tokens, each at the cost of a VAE decode. It changes no picture, so it
+    /// is no part of what a picture remembers.
+    #[serde(skip)]
+    pub preview_every_rows: Option<NonZeroU32>,
     /// How every image token is sampled.
     #[serde(flatten)]
     pub sampler: SamplerConfig,

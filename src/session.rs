@@ -11,6 +11,7 @@ use crate::event::{CancelToken, Control, Event, Timings, milliseconds};
 use crate::image::RgbImage;
 use crate::model::arena::Stage;
 use crate::model::run::Run;
+use crate::model::vae::Decoded;
 use crate::request::GenerateRequest;
 use std::collections::VecDeque;
 use std::sync::Arc;
@@ -84,17 +85,13 @@ impl Session {
         timings.tokenize_ms = milliseconds(start.elapsed());
 
         let mark = Instant::now();
-        let (height, width) = prepared.spec.grid;
         let mut run = Run::new(
             self.engine.model.clone(),
             &self.engine.device,
             self.engine.options.kernels.clone(),
             prepared.spec,
         )?;
-        let token_list = Arc::new(run.record_token(false)?);
-        let last_list = Arc::new(run.record_token(true)?);
-        let token = run.stream().instantiate(token_list)?;
-        let last = run.stream().instantiate(last_list)?;
+        let lists = Lists::new(&mut run)?;
         timings.setup_ms = milliseconds(mark.elapsed());
         listener.send(&Event::Started {
             prompt_tokens: plan.prompt_tokens.iter().copied().max().unwrap_or(0),
@@ -107,13 +104,14 @@ impl Session {
         timings.prefill_ms = milliseconds(mark.elapsed());
 
         let mark = Instant::now();
-        token_loop(&mut run, (height, width), (token.as_ref(), last.as_ref()), &mut listener)?;
+        token_loop(&mut run, &lists, &mut listener)?;
         run.end_stage(Stage::Decode)?;
         timings.decode_ms = milliseconds(mark.elapsed());
 
         let mark = Instant::now();
         listener.check()?;
-        let images = decode_images(&mut run, plan.images)?;
+        let images = lists.pictures(&mut run)?;
+        run.end_stage(Stage::Image)?;
         timings.vae_decode_ms = milliseconds(mark.elapsed());
         for index in 0..images.len() {
             listener.send(&Event::Image { index: request.first_image as usize + index })?;
@@ -132,19 +130,69 @@ fn prefill(run: &mut Run) -> Result<()> {
     run.end_stage(Stage::Prefill)
 }
 
+/// What is replayed, prepared once.
+struct Lists {
+    /// One image token and the transformer pass after it.
+    token: Box<dyn Executable>,
+    /// The last image token.
+    last: Box<dyn Executable>,
+    /// Tokens to pixels.
+    image: Box<dyn Executable>,
+    decoded: Decoded,
+}
+
+impl Lists {
+    fn new(run: &mut Run) -> Result<Lists> {
+        let token = Arc::new(run.record_token(false)?);
+        let last = Arc::new(run.record_token(true)?);
+        let (image, decoded) = run.record_image()?;
+        let stream = run.stream();
+        Ok(Lists {
+            token: stream.instantiate(token)?,
+            last: stream.instantiate(last)?,
+            image: stream.instantiate(Arc::new(image))?,
+            decoded,
+        })
+    }
+
+    /// The finished pictures.
+    fn pictures(&self, run: &mut Run) -> Result<Vec<RgbImage>> {
+        pictures(run, self.image.as_ref(), &self.decoded)
+    }
+}
+
+/// Replays a decoder list and brings its pictures to the host.
+fn pictures(run: &mut Run, list: &dyn Executable, decoded: &Decoded) -> Result<Vec<RgbImage>> {
+    run.stream().replay(list)?;
+    let mut rgb = vec![0; decoded.rgb.bytes];
+    run.stream().download(decoded.rgb.ptr, &mut rgb)?;
+    let (width, height) = (decoded.width, decoded.height);
+    rgb.chunks_exact((width * height * 3).max(1))
+        .map(|pixels| RgbImage::new(width as u32, height as u32, pixels.to_vec()))
+        .collect()
+}
+
+/// The first `rows` rows of every image, decoded as pictures of their own.
+fn preview(run: &mut Run, rows: usize) -> Result<Vec<RgbImage>> {
+    let mut all = Vec::new();
+    for image in 0..run.spec().images {
+        let (list, decoded) = run.record_preview(image, rows)?;
+        let list = run.stream().instantiate(Arc::new(list))?;
+        all.extend(pictures(run, list.as_ref(), &decoded)?);
+    }
+    Ok(all)
+}
+
 /// Enqueues every token; keeps at most [`TOKENS_IN_FLIGHT`] beyond the last one known to be finished.
-fn token_loop(
-    run: &mut Run,
-    (height, width): (usize, usize),
-    (token, last): (&dyn Executable, &dyn Executable),
-    listener: &mut Listener<'_>,
-) -> Result<()> {
+fn token_loop(run: &mut Run, lists: &Lists, listener: &mut Listener<'_>) -> Result<()> {
+    let (height, width) = run.spec().grid;
+    let preview_every = run.spec().preview_every_rows.map(|rows| rows.get() as usize);
     let total = height * width;
     let mut pending: VecDeque<Box<dyn DeviceEvent>> = VecDeque::new();
     for index in 0..total {
         listener.check()?;
-        let list = if index + 1 == total { last } else { token };
-        run.stream().replay(list)?;
+        let list = if index + 1 == total { &lists.last } else { &lists.token };
+        run.stream().replay(list.as_ref())?;
         pending.push_back(run.stream().record()?);
         let row_ends = (index + 1) % width == 0;
         // The end of a row is the only place where the host reads device memory, so everything is awaited.
@@ -161,21 +209,29 @@ fn token_loop(
             if state.nonfinite != 0 {
                 return Err(Error::NonFinite { stage: "flow head", token: state.nonfinite as usize - 1 });
             }
-            listener.send(&Event::Rows { done: (index + 1) / width, of: height })?;
+            let rows = (index + 1) / width;
+            listener.send(&Event::Rows { done: rows, of: height })?;
+            if preview_every.is_some_and(|every| rows < height && rows.is_multiple_of(every)) {
+                let images = preview(run, rows)?;
+                listener.send(&Event::Preview { rows, of: height, images })?;
+            }
         }
     }
     Ok(())
 }
 
-fn decode_images(run: &mut Run, images: usize) -> Result<Vec<RgbImage>> {
-    let (list, decoded) = run.record_image()?;
-    let executable = run.stream().instantiate(Arc::new(list))?;
-    run.stream().replay(executable.as_ref())?;
-    let mut rgb = vec![0; decoded.rgb.bytes];
-    run.stream().download(decoded.rgb.ptr, &mut rgb)?;
-    run.end_stage(Stage::Image)?;
-    let per_image = rgb.len() / images.max(1);
-    rgb.chunks_exact(per_image.max(1))
-        .map(|pixels| RgbImage::new(decoded.width as u32, decoded.height as u32, pixels.to_vec()))
-        .collect()
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn engines_are_shared_and_sessions_move() {
+        fn shared<T: Send + Sync>() {}
+        fn moved<T: Send>() {}
+        shared::<Engine>();
+        shared::<CancelToken>();
+        shared::<Error>();
+        moved::<Session>();
+        moved::<Event>();
+    }
 }

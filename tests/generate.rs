@@ -1,5 +1,6 @@
 //! Whole pictures from the embedded demo model: determinism, batches, cancel, progress, the memory plan.
 
+use std::num::NonZeroU32;
 use std::sync::{Arc, OnceLock};
 use warpstep::Error;
 use warpstep::device::emulated::{EmulatedDevice, EmulatedOptions};
@@ -126,6 +127,40 @@ fn events_come_in_order_and_count_every_token() {
         "finished",
     ];
     assert_eq!(log, expected);
+}
+
+#[test]
+fn previews_show_finished_rows_and_change_nothing() {
+    let engine = load(EngineOptions { poison_dead_buffers: true, ..EngineOptions::default() });
+    let mut request = request(&engine, "a red circle on a blue background");
+    (request.width, request.height) = (32, 64);
+    let plain = run(&engine, &request);
+    request.preview_every_rows = NonZeroU32::new(2);
+    assert!(engine.plan(&request).unwrap().activation_bytes >= plain.plan.activation_bytes);
+    let mut previews = Vec::new();
+    let with = engine
+        .session()
+        .generate(&request, &CancelToken::new(), &mut |event| {
+            if let Event::Preview { rows, of, images } = event {
+                previews.push((*rows, *of, images.clone()));
+            }
+            Control::Continue
+        })
+        .unwrap();
+    assert_eq!(with.images[0].data(), plain.images[0].data());
+    let [(2, 4, images)] = &previews[..] else {
+        panic!("{} previews", previews.len());
+    };
+    assert_eq!((images.len(), images[0].width(), images[0].height()), (1, 32, 32));
+    // Close to what the rows will be, and far from another picture's.
+    let distance = |other: &[u8]| -> f64 {
+        let values = images[0].data().iter().zip(other);
+        values.map(|(a, b)| f64::from(a.abs_diff(*b))).sum::<f64>() / images[0].data().len() as f64
+    };
+    request.seed += 1;
+    request.prompt = "a white star on a black background".into();
+    let (same, other) = (distance(plain.images[0].data()), distance(run(&engine, &request).images[0].data()));
+    assert!(same < 15.0 && same < other / 3.0, "{same} levels from the picture, {other} from another");
 }
 
 #[test]

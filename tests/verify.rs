@@ -1,4 +1,5 @@
-//! The recorded cases of the official code that are kept here, and that a wrong engine would not pass them.
+//! The recorded cases that are kept here, of the official code and of our own on the demo model, and that a wrong
+//! engine would not pass them.
 
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
@@ -6,7 +7,7 @@ use warpstep::Error;
 use warpstep::device::Device;
 use warpstep::device::emulated::{EmulatedDevice, EmulatedOptions};
 use warpstep::ops::Selection;
-use warpstep::verify::{Models, Outcome, VerifyOptions, run_case};
+use warpstep::verify::{CaseFile, Models, Outcome, VerifyOptions, run_case};
 
 fn cases() -> PathBuf {
     Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/golden/cases")
@@ -24,13 +25,48 @@ fn options() -> VerifyOptions {
 /// fixtures are at hand.
 const WITHOUT_MODEL: [&str; 2] = ["fmnet_gqa5-b_float32", "fmnet_gqa5-b_bfloat16"];
 
+/// The kept files, those of the demo model or the others, in order.
+fn kept(of_demo: bool) -> Vec<PathBuf> {
+    let mut paths: Vec<PathBuf> = std::fs::read_dir(cases()).unwrap().map(|e| e.unwrap().path()).collect();
+    paths.retain(|path| path.file_name().unwrap().to_str().unwrap().starts_with("demo_") == of_demo);
+    paths.sort();
+    paths
+}
+
+/// How many files of the demo model `tools/demo/record.py` writes, by kind: one teacher-forced case per sampler and an
+/// edit; twelve pictures and two large ones.
+const DEMO_CASES: [(&str, usize); 2] = [("pipeline", 6), ("picture", 14)];
+
+#[test]
+fn the_demo_model_draws_what_pytorch_drew() {
+    let paths = kept(true);
+    if !cases().with_file_name("demo128").exists() {
+        assert!(paths.is_empty(), "cases of the demo model, but no tests/golden/demo128 to run them on");
+        return;
+    }
+    let (device, mut models) = (device(), Models::default());
+    for (kind, count) in DEMO_CASES {
+        let of_kind = paths.iter().filter(|path| CaseFile::open(path).unwrap().kind == kind).count();
+        assert_eq!(of_kind, count, "cases of kind {kind}");
+    }
+    for path in paths {
+        let edit = CaseFile::open(&path).unwrap().meta["has_image"] == true;
+        match run_case(&path, &device, &options(), &mut models).unwrap() {
+            Some(Outcome::Skipped(reason)) if edit => assert!(reason.contains("editing"), "{reason}"),
+            Some(Outcome::Ran(lines)) => {
+                let wrong: Vec<_> = lines.iter().filter(|line| !line.ok).collect();
+                assert!(!lines.is_empty() && wrong.is_empty(), "{wrong:#?}");
+            }
+            other => panic!("{}: {other:?}", path.display()),
+        }
+    }
+}
+
 #[test]
 fn every_kept_case_passes() {
     let (device, mut models) = (device(), Models::default());
     let mut ran = 0;
-    let mut paths: Vec<PathBuf> = std::fs::read_dir(cases()).unwrap().map(|e| e.unwrap().path()).collect();
-    paths.sort();
-    for path in paths {
+    for path in kept(false) {
         if WITHOUT_MODEL.iter().any(|name| path.file_stem().is_some_and(|stem| stem == *name)) {
             assert!(
                 !cases().with_file_name("gqa5-b/config.json").exists(),
@@ -92,6 +128,44 @@ fn a_wrong_value_in_any_recorded_tensor_is_noticed() {
         let failed = failures(run_altered(&path).unwrap());
         assert!(failed.contains(&tensor.to_string()), "{tensor}: only {failed:?} failed");
     }
+}
+
+/// A kept case made into one of kind `picture`, without the guidance table that such cases do not record.
+fn as_picture(bytes: &mut [u8]) {
+    // The description is JSON inside JSON; a blank keeps its length.
+    for (from, to) in [
+        (r#"\"kind\": \"pipeline\""#, r#"\"kind\": \"picture\" "#),
+        ("\"cfg_schedule\":", "\"cfg_schedulX\":"),
+    ] {
+        let at = bytes.windows(from.len()).position(|w| w == from.as_bytes()).expect(from);
+        bytes[at..at + from.len()].copy_from_slice(to.as_bytes());
+    }
+}
+
+#[test]
+fn a_picture_passes_until_more_than_half_a_percent_of_its_values_are_off() {
+    for (corrupted, passes) in [(0, true), (49, true), (74, false)] {
+        let (_dir, path) = altered("t2i_feb_cps_norm.safetensors", |bytes| {
+            as_picture(bytes);
+            let at = data_offset(bytes, "image_u8");
+            // 64 x 64 x 3 values: 0.4 and 0.6 per cent of them, four levels off.
+            bytes[at..at + corrupted].iter_mut().for_each(|value| *value ^= 4);
+        });
+        let Some(Outcome::Ran(lines)) = run_altered(&path).unwrap() else { panic!("the case did not run") };
+        let line = lines.iter().find(|line| line.tensor == "image_u8").unwrap();
+        assert_eq!(line.off_share, Some(corrupted as f64 / 12288.0), "{line:?}");
+        assert_eq!(lines.iter().all(|line| line.ok), passes, "{corrupted} values corrupted: {lines:?}");
+    }
+}
+
+#[test]
+fn a_picture_fails_when_a_draw_is_another() {
+    let (_dir, path) = altered("t2i_feb_cps_norm.safetensors", |bytes| {
+        as_picture(bytes);
+        let at = data_offset(bytes, "draw.noise");
+        bytes[at..at + 4].copy_from_slice(&3.0f32.to_le_bytes());
+    });
+    assert_eq!(failures(run_altered(&path).unwrap()), ["image_u8"]);
 }
 
 #[test]

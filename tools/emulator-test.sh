@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Runs tests in an instrumented build of the emulated device:
 #
-#   tools/emulator-test.sh asan                      all tests of the emulator and of the ops, overruns reported
+#   tools/emulator-test.sh asan                      all tests of the emulator, ops and primitives, for overruns
 #   tools/emulator-test.sh race --test ops           data races, uninitialised shared memory, launch hazards
 #   tools/emulator-test.sh count --test byte_audit   bytes per buffer and launch
 #
@@ -18,7 +18,7 @@ case $build in
         ;;
 esac
 if (($# == 0)); then
-    set -- --test emulator --test ops
+    set -- --test emulator --test ops --test conformance
 fi
 # Kernels are compiled for the host alone: the GPU images are the same in every build.
 export WARPSTEP_EMULATOR=$build NVCC=none WARPSTEP_REQUIRE_CUBINS=0

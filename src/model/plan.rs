@@ -7,6 +7,7 @@ use crate::device::DeviceInfo;
 use crate::error::{Error, Result};
 use crate::ops;
 use crate::ops::params::{GenerationState, GridBarrier, SolverStep};
+use std::num::NonZeroU32;
 
 impl From<&crate::sampler::SolverStep> for SolverStep {
     fn from(step: &crate::sampler::SolverStep) -> SolverStep {
@@ -54,6 +55,8 @@ pub struct RunSpec {
     pub rope_offset: Vec<u32>,
     /// Whether the position table of the model, if it has one, is added (the February code has none).
     pub pos_embed: bool,
+    /// Rows of tokens between two previews, which need the VAE's memory while tokens are made.
+    pub preview_every_rows: Option<NonZeroU32>,
     /// Allocate the buffers that verification reads.
     pub taps: bool,
     /// Fill buffers with NaN when their planned life ends.
@@ -174,6 +177,10 @@ pub(super) fn plan_memory(model: &NextStep, info: &DeviceInfo, spec: &RunSpec) -
         Draws::Recorded(_) => tokens,
     };
     let vae_bytes = model.vae.plan(images, spec.grid, model.dtype)?;
+    let vae_life = match spec.preview_every_rows {
+        Some(_) => Life::between(Stage::Decode, Stage::Image),
+        None => Life::only(Stage::Image),
+    };
     let slots = Slots {
         ids: layout.add("prefill.ids", rows, index, prefill)?,
         prefill_x: layout.add("prefill.x", rows * config.hidden_size, float, prefill)?,
@@ -223,7 +230,7 @@ pub(super) fn plan_memory(model: &NextStep, info: &DeviceInfo, spec: &RunSpec) -
         a: layout.add("flow.a", sequences * dims.mlp_width, float, decode)?,
         v_raw: layout.add("flow.v_raw", sequences * dims.token_dim, float, decode)?,
         tokens: layout.add("tokens", images * tokens * dims.token_dim, element, Life::ALWAYS)?,
-        vae: layout.add("vae", vae_bytes, 1, Life::only(Stage::Image))?,
+        vae: layout.add("vae", vae_bytes, 1, vae_life)?,
         taps: match spec.taps {
             false => None,
             true => {

@@ -8,6 +8,7 @@ use super::backbone::{Cache, Rows, rope_table};
 use super::flow_head::{FlowBuffers, FlowTaps};
 use super::nextstep::NextStep;
 use super::plan::{Draws, Planned, RunSpec, Slots, TapSlots, plan_memory};
+use super::vae::Decoded;
 use crate::device::{Buffer, Device, Node, NodeList, Span, Stream};
 use crate::error::{Error, Result};
 use crate::ops::params::{GenerationState, GridBarrier};
@@ -343,18 +344,30 @@ impl Run {
     }
 
     /// Nodes from tokens to pixels.
-    pub fn record_image(&self) -> Result<(NodeList, super::vae::Decoded)> {
+    pub fn record_image(&self) -> Result<(NodeList, Decoded)> {
+        self.record_decoder(self.arena.span(self.slots.tokens), self.spec.images, self.spec.grid)
+    }
+
+    /// The same for the first `rows` rows of tokens of one image, as if the picture ended there.
+    pub fn record_preview(&self, image: usize, rows: usize) -> Result<(NodeList, Decoded)> {
+        let (height, width) = self.spec.grid;
+        let all = self.arena.span(self.slots.tokens);
+        let row_bytes = all.bytes / (self.spec.images * height);
+        let tokens = all.slice(image * height * row_bytes, rows.min(height) * row_bytes);
+        self.record_decoder(tokens, 1, (rows.min(height), width))
+    }
+
+    fn record_decoder(
+        &self,
+        tokens: Span,
+        images: usize,
+        grid: (usize, usize),
+    ) -> Result<(NodeList, Decoded)> {
         let mut list = NodeList::new();
         let selection = self.stage_selection(Stage::Image)?;
         let launch = self.launch(&selection);
-        let decoded = self.model.vae.record(
-            &launch,
-            &mut list,
-            self.arena.span(self.slots.tokens),
-            self.spec.images,
-            self.spec.grid,
-            self.arena.span(self.slots.vae),
-        )?;
+        let arena = self.arena.span(self.slots.vae);
+        let decoded = self.model.vae.record(&launch, &mut list, tokens, images, grid, arena)?;
         Ok((list, decoded))
     }
 

@@ -469,3 +469,18 @@ pub struct ToRgb8Params {
     pub elements: u64,
 }
 const _: () = assert!(size_of::<ToRgb8Params>() == 24);
+
+/// What one conformance kernel is given and leaves (kernels/conformance.cu).
+#[repr(C)]
+#[derive(Debug, Default, Copy, Clone, bytemuck::Pod, bytemuck::Zeroable)]
+pub struct ConformanceParams {
+    /// [count_in] uint32
+    pub in_: u64,
+    /// [count_out] uint32, zero before the launch, written
+    pub out: u64,
+    /// [256] uint32, zero before the launch: flags and counters
+    pub scratch: u64,
+    pub count_in: u32,
+    pub count_out: u32,
+}
+const _: () = assert!(size_of::<ConformanceParams>() == 32);

@@ -11,7 +11,7 @@ use std::path::{Path, PathBuf};
 pub struct CaseFile {
     /// Name, as reported.
     pub name: String,
-    /// `pipeline`, `fmnet`, `samplers`, `vae`, `text`, `center_crop`.
+    /// `pipeline`, `fmnet`, `samplers`, `vae`, `text`, `center_crop`, `picture`.
     pub kind: String,
     /// Dtype that the official code ran in.
     pub dtype: DType,

@@ -34,6 +34,7 @@ fn base_spec(model: &NextStep, images: usize, branches: usize) -> RunSpec {
         frequencies: vec![1.0; model.config.head_dim / 2],
         rope_offset: vec![0; images * branches],
         pos_embed: false,
+        preview_every_rows: None,
         taps: true,
         poison: true,
     }

@@ -31,17 +31,34 @@ pub fn free_run(
         None => path.parent().and_then(Path::parent).map(Path::to_path_buf).unwrap_or_default(),
     };
     let context = Context { device, root: &root, options, case: &case };
+    Ok(drive(&context, models, dtype)?.tensors)
+}
+
+/// A free run's tensors and its picture.
+pub(super) struct FreeRun {
+    pub(super) tensors: Tensors,
+    /// Rotation frequencies that were used: the engine's own.
+    pub(super) frequencies: Vec<f32>,
+    /// `[B, height, width, 3]`.
+    pub(super) rgb: Vec<u8>,
+    /// The kernel that wrote it.
+    pub(super) kernel: &'static str,
+}
+
+/// Runs the case of `context` freely.
+pub(super) fn drive(context: &Context<'_>, models: &mut Models, dtype: DType) -> Result<FreeRun> {
+    let case = context.case;
     let model = models.load(
-        &context,
+        context,
         case.text("model")?,
         case.text("vae")?,
         dtype,
         case.meta.get("config_overrides").unwrap_or(&serde_json::Value::Null),
     )?;
     let frequencies = rope_frequencies(model.config.rope_theta, model.config.head_dim);
-    let recording = Recording::read(&context, models, dtype, Some(frequencies))?;
+    let recording = Recording::read(context, models, dtype, Some(frequencies.clone()))?;
     let rows: usize = recording.rows.ids.iter().map(Vec::len).sum();
-    let mut run = Run::new(model.clone(), device, options.selection.clone(), recording.spec)?;
+    let mut run = Run::new(model.clone(), context.device, context.options.selection.clone(), recording.spec)?;
     let buffers = run.buffers();
     let norm = buffers.norm.ok_or_else(|| Error::Internal("run without taps".into()))?;
     let hidden = model.config.hidden_size;
@@ -79,5 +96,7 @@ pub fn free_run(
     let (list, decoded) = run.record_image()?;
     run.run_once(&list, |_, _| Ok(()))?;
     tensors.insert("image", read(run.stream(), decoded.image, dtype)?);
-    Ok(tensors)
+    let mut rgb = vec![0; decoded.rgb.bytes];
+    run.stream().download(decoded.rgb.ptr, &mut rgb)?;
+    Ok(FreeRun { tensors, frequencies, rgb, kernel: list.writer(decoded.rgb) })
 }

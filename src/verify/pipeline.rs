@@ -58,7 +58,7 @@ impl Recording {
         let branches = Branches::from_scales(cfg, cfg_img)?.count();
         let images = rows.ids.len() / branches;
         let draws_per_token = sampler.draws_per_token(steps) as usize;
-        let recorded_guidance = case.tensor("cfg_schedule")?;
+        let guidance = guidance_table(schedule(case, sampler)?, cfg, cfg_img, tokens);
         let spec = RunSpec {
             prompts: rows.ids.clone(),
             images,
@@ -66,7 +66,10 @@ impl Recording {
             grid: (*height, *width),
             steps: solver.steps.iter().map(Into::into).collect(),
             sinusoid: sinusoids(&network_times(&solver, dtype)),
-            guidance: recorded_guidance.values.chunks_exact(2).map(|c| [c[0], c[1]]).collect(),
+            guidance: match case.has("cfg_schedule") {
+                true => case.tensor("cfg_schedule")?.values.chunks_exact(2).map(|c| [c[0], c[1]]).collect(),
+                false => guidance.clone(),
+            },
             draws_per_token,
             draws: Draws::Recorded(recorded_draws(case, tokens, images, draws_per_token)?),
             use_norm: case.argument("use_norm").and_then(Value::as_bool).unwrap_or(false),
@@ -77,19 +80,22 @@ impl Recording {
             },
             rope_offset: rows.padding.clone(),
             pos_embed: sampler.generation() == Generation::August,
+            preview_every_rows: None,
             taps: true,
             poison: true,
         };
-        let guidance = guidance_table(schedule(case, sampler)?, cfg, cfg_img, tokens);
         Ok(Recording { model, rows, spec, solver, guidance })
     }
 }
+
+/// Why a case with an input picture is not run.
+pub(super) const NO_EDITING: &str = "editing is not built yet";
 
 /// Runs one case.
 pub(super) fn run(context: &Context<'_>, models: &mut Models) -> Result<Outcome> {
     let case = context.case;
     if case.meta.get("has_image").and_then(Value::as_bool) == Some(true) {
-        return Ok(Outcome::Skipped("editing is not built yet".into()));
+        return Ok(Outcome::Skipped(NO_EDITING.into()));
     }
     let dtype = context.dtype();
     let recording = Recording::read(context, models, dtype, None)?;
@@ -106,7 +112,8 @@ pub(super) fn run(context: &Context<'_>, models: &mut Models) -> Result<Outcome>
     Ok(Outcome::Ran(comparer.finish(&required(case)?)))
 }
 
-/// The tensors that must have been compared: all but what a run is given, what repeats others, and the norms inside
+/// The tensors that must have been compared: all that are recorded (a small case leaves out layers, norms and the
+/// picture before rounding) but what a run is given, what repeats others, and the norms inside
 /// the products, whose q, k, v and MLP outputs are compared.
 fn required(case: &CaseFile) -> Result<Vec<String>> {
     let given = |name: &str| name.starts_with("draw.") || name == "rope_inv_freq";
@@ -209,6 +216,11 @@ struct Stages<'a, 'b> {
 impl Stages<'_, '_> {
     fn hidden_tolerance(&self) -> Tolerance {
         match self.dtype {
+            // Twice the fixtures' bound: on our demo model torch's own float32 is up to 1.2e-6 of the stream's largest
+            // value away from float64, on theirs 5e-7.
+            DType::F32 if self.case.text("model").is_ok_and(|m| m == "demo128") => {
+                Tolerance::Scaled { max: 2e-5, of_largest: 4e-6 }
+            }
             DType::F32 => Tolerance::Scaled { max: 2e-5, of_largest: 2e-6 },
             DType::Bf16 => Tolerance::Stream { mean: 0.02, max: 0.15 },
         }
@@ -218,7 +230,7 @@ impl Stages<'_, '_> {
         match self.dtype {
             DType::F32 => Tolerance::Max(2e-5),
             // Velocities of the trained model reach 5; its README section accepts twice the maximum.
-            DType::Bf16 if self.case.text("model").is_ok_and(|m| m == "demo") => {
+            DType::Bf16 if self.case.text("model").is_ok_and(|m| m.starts_with("demo")) => {
                 Tolerance::MeanMax { mean: 0.01, max: 0.12 }
             }
             DType::Bf16 => Tolerance::MeanMax { mean: 0.01, max: 0.06 },
@@ -279,6 +291,9 @@ impl Stages<'_, '_> {
         let writer = list.writer(run.cache().keys);
         self.compare_cache(run, "prefill", writer)?;
         self.compare_rotations(run)?;
+        if !self.case.has("prefill.norm") {
+            return Ok(());
+        }
         let norm = buffers.norm.ok_or_else(|| self.case.invalid("run without taps"))?;
         let list = run.record_prefill_norm()?;
         run.run_once(&list, |_, _| Ok(()))?;
@@ -315,6 +330,9 @@ impl Stages<'_, '_> {
     fn compare_layers(&mut self, stage: &str, taps: &Taps) -> Result<()> {
         for (layer, (variant, values)) in taps.layers.iter().enumerate() {
             let name = format!("{stage}.layer{layer}");
+            if !self.case.has(&name) {
+                continue;
+            }
             let recorded = self.case.tensor(&name)?;
             let expected =
                 if stage == "prefill" { self.real_rows(&recorded) } else { recorded.values.clone() };
@@ -437,7 +455,9 @@ impl Stages<'_, '_> {
         run.run_once(&condition_list, |_, _| Ok(()))?;
         norms.extend(read(run.stream(), norm.slice(0, row_bytes), dtype)?);
         let tolerance = self.hidden_tolerance();
-        self.comparer.tensor("decode.norm", &norms, condition_list.writer(norm), tolerance)?;
+        if self.case.has("decode.norm") {
+            self.comparer.tensor("decode.norm", &norms, condition_list.writer(norm), tolerance)?;
+        }
         let kernel = condition_list.writer(buffers.condition);
         self.comparer.tensor("cond", &conditions, kernel, tolerance)
     }
@@ -543,7 +563,7 @@ impl Stages<'_, '_> {
             &list,
             &decoded,
             self.dtype,
-            ["latents", "image", "image_u8"],
+            ["latents", if self.case.has("image") { "image" } else { "" }, "image_u8"],
         )
     }
 }

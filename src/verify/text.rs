@@ -46,6 +46,8 @@ fn line(case: &str, tensor: String, total: usize, wrong: usize) -> Line {
         mean_error: wrong as f64 / total.max(1) as f64,
         allowed_max: 0.0,
         allowed_mean: None,
+        off_share: None,
+        allowed_share: None,
         ok: wrong == 0 && total > 0,
     }
 }

@@ -3,7 +3,8 @@
 use crate::stub::Stub;
 use crate::work::work;
 use std::sync::Arc;
-use warpstep::device::Device;
+use warpstep::device::cuda::{CudaDevice, CudaOptions};
+use warpstep::device::{Device, cubins};
 use warpstep::engine::{Engine, EngineOptions, ModelSource};
 use warpstep::event::{CancelToken, Control};
 use warpstep::{Error, Result};
@@ -173,18 +174,22 @@ fn what_is_missing_is_said_in_one_sentence() {
         assert_eq!(stub.live(), "");
     }
     stub.configure("version=13000,count=2,major=9,minor=0");
-    let other = |ordinal| warpstep::device::cuda::CudaOptions { ordinal, ..stub.options() };
-    assert!(warpstep::device::cuda::CudaDevice::open(other(1)).is_ok());
-    let error = warpstep::device::cuda::CudaDevice::open(other(99)).unwrap_err().to_string();
+    let embedded = CudaDevice::open(CudaOptions { cubins: None, ..stub.options() });
+    match (cubins::CUBINS.is_empty(), embedded) {
+        (true, Err(error)) => assert!(error.to_string().contains("embeds no GPU kernels"), "{error}"),
+        (empty, result) => assert!(!empty && result.is_ok(), "{result:?}"),
+    }
+    let other = |ordinal| CudaOptions { ordinal, ..stub.options() };
+    assert!(CudaDevice::open(other(1)).is_ok());
+    let error = CudaDevice::open(other(99)).unwrap_err().to_string();
     assert!(error.contains("device 99 was asked for, and the driver shows 2"), "{error}");
 
-    let missing =
-        warpstep::device::cuda::CudaOptions { library: Some("/nonexistent.so".into()), ..stub.options() };
-    let error = warpstep::device::cuda::CudaDevice::open(missing).unwrap_err().to_string();
+    let missing = CudaOptions { library: Some("/nonexistent.so".into()), ..stub.options() };
+    let error = CudaDevice::open(missing).unwrap_err().to_string();
     assert!(error.contains("no NVIDIA driver") && error.contains("/nonexistent.so"), "{error}");
     // A library that opens and is no driver lacks the first function that is looked up.
-    let other = warpstep::device::cuda::CudaOptions { library: Some("libc.so.6".into()), ..stub.options() };
-    let error = warpstep::device::cuda::CudaDevice::open(other).unwrap_err().to_string();
+    let other = CudaOptions { library: Some("libc.so.6".into()), ..stub.options() };
+    let error = CudaDevice::open(other).unwrap_err().to_string();
     assert!(error.contains("too old: it has no cuDriverGetVersion"), "{error}");
 }
 

@@ -3,6 +3,7 @@
 use crate::recorder::{Record, Recorder, Work};
 use crate::stub::{Stub, field};
 use std::sync::Arc;
+use warpstep::device::cuda::{CudaDevice, CudaOptions};
 use warpstep::device::emulated::{EmulatedDevice, EmulatedOptions};
 use warpstep::device::{Device, Node, NodeList, Span};
 use warpstep::engine::{Engine, EngineOptions, ModelSource};
@@ -128,9 +129,9 @@ fn the_driver_receives_what_the_emulated_device_receives() {
         }
     }
     assert_eq!(lines.next(), None);
-    // Token, last token, prefill, image: the first two are made before prefill runs.
+    // Made in the order token, last token, image, prefill.
     let tokens = COLUMNS * ROWS;
-    assert_eq!(replays, [vec![2], vec![0; tokens - 1], vec![1, 3]].concat());
+    assert_eq!(replays, [vec![3], vec![0; tokens - 1], vec![1, 2]].concat());
     assert!(nodes[0] > nodes[1] && nodes[1] > 4, "nodes per list: {nodes:?}");
     assert_eq!(stub.live(), "");
 }
@@ -171,8 +172,8 @@ fn the_host_does_not_wait_inside_a_row_of_tokens() {
 #[test]
 fn without_dependent_launch_every_edge_is_full() {
     let stub = Stub::new();
-    let options = warpstep::device::cuda::CudaOptions { dependent_launch: false, ..stub.options() };
-    draw(Arc::new(warpstep::device::cuda::CudaDevice::open(options).unwrap()));
+    let options = CudaOptions { dependent_launch: false, ..stub.options() };
+    draw(Arc::new(CudaDevice::open(options).unwrap()));
     let log = stub.take_log();
     let edges: Vec<&str> = log.iter().filter_map(|line| field(line, "edges")).collect();
     assert!(edges.len() > 20 && edges.iter().all(|edges| !edges.contains('p')));

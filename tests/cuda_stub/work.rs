@@ -2,7 +2,7 @@
 
 use crate::stub::Stub;
 use std::sync::{Arc, LazyLock};
-use warpstep::device::cuda::CudaDevice;
+use warpstep::device::cuda::{CudaDevice, CudaOptions};
 use warpstep::device::{Buffer, Device, Geometry, KernelId, Node, NodeList, ParamBytes};
 use warpstep::{Error, Result};
 
@@ -97,7 +97,7 @@ fn attributes_are_given_to_launches_and_nodes() {
 #[test]
 fn poisoned_memory_is_nan_and_empty_requests_are_nothing() {
     let stub = Stub::new();
-    let options = warpstep::device::cuda::CudaOptions { poison: true, ..stub.options() };
+    let options = CudaOptions { poison: true, ..stub.options() };
     let device = CudaDevice::open(options).unwrap();
     let buffer = device.alloc(100, "b").unwrap();
     let mut stream = device.stream().unwrap();
@@ -130,6 +130,19 @@ fn executables_belong_to_their_stream() {
     drop(a);
     drop(executable);
     drop(other);
+    assert_eq!(stub.live(), "");
+    stub.take_log();
+}
+
+#[test]
+fn threads_share_a_device() {
+    let stub = Stub::new();
+    let device = stub.open().unwrap();
+    std::thread::scope(|scope| {
+        let workers: Vec<_> = (0..3).map(|_| scope.spawn(|| work(&device))).collect();
+        workers.into_iter().for_each(|worker| worker.join().unwrap().unwrap());
+    });
+    drop(device);
     assert_eq!(stub.live(), "");
     stub.take_log();
 }

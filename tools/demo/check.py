@@ -2,12 +2,21 @@
 
     python check.py DIR      # DIR/captions.tsv has one line "file<TAB>caption" per picture
 
-prints the percentages with standard errors and lists what failed. On ground-truth renderings nearly every picture
+prints the percentages with standard errors and lists what failed (`--strict` then exits with 1);
+
+    python check.py DIR --compare DIR2
+
+lists the captions whose verdict differs between two folders with the same captions, and
+
+    python check.py --draw N --kind one --seed 1
+
+prints N captions that training has not seen. On ground-truth renderings nearly every picture
 passes (`--self-test` says how many), so that is the ceiling of every figure.
 """
 
 import argparse
 import pathlib
+import sys
 
 import numpy as np
 from PIL import Image
@@ -108,18 +117,67 @@ def table(verdicts, kinds):
     return lines
 
 
-def check_directory(directory):
-    """Judge DIR's pictures and print the table and the failures."""
+def picture_name(index):
+    """File name of picture `index` of a folder, so that folders made by different programs can be compared."""
+    return f"{index:04}.png"
+
+
+def save(directory, pictures, texts):
+    """Write uint8 pictures [N, H, W, 3] and captions.tsv."""
     directory = pathlib.Path(directory)
-    rows = [line.split("\t") for line in (directory / "captions.tsv").read_text().splitlines() if line.strip()]
-    verdicts, kinds, failed = [], [], []
-    for name, text in rows:
-        scene = scenes.parse_caption(text)
-        verdicts.append(judge(np.asarray(Image.open(directory / name).convert("RGB")), scene))
-        kinds.append(scene.kind)
-        if not verdicts[-1]["all"]:
-            failed.append(f"{name}\t{text}\twrong: {', '.join(a for a in ATTRIBUTES if not verdicts[-1][a])}")
+    directory.mkdir(parents=True, exist_ok=True)
+    names = [picture_name(i) for i in range(len(texts))]
+    for name, picture in zip(names, pictures):
+        Image.fromarray(picture).save(directory / name, optimize=True)
+    (directory / "captions.tsv").write_text("".join(f"{name}\t{text}\n" for name, text in zip(names, texts)))
+
+
+def read_captions(directory):
+    """[(file name, caption)] of DIR/captions.tsv."""
+    lines = (pathlib.Path(directory) / "captions.tsv").read_text().splitlines()
+    return [tuple(line.split("\t")) for line in lines if line.strip()]
+
+
+def judge_directory(directory):
+    """(verdicts, kinds) of DIR's pictures, in the order of captions.tsv."""
+    plain = [scenes.parse_caption(text) for _, text in read_captions(directory)]
+    if not plain:
+        raise ValueError(f"{directory}/captions.tsv names no picture")
+    opened = (Image.open(pathlib.Path(directory) / name).convert("RGB") for name, _ in read_captions(directory))
+    return [judge(np.asarray(picture), scene) for picture, scene in zip(opened, plain)], [s.kind for s in plain]
+
+
+def wrong(verdict):
+    """The attributes that failed, in words."""
+    return "wrong: " + ", ".join(a for a in ATTRIBUTES if not verdict[a]) if not verdict["all"] else "right"
+
+
+def check_directory(directory):
+    """Judge DIR's pictures, print the table and the failures; whether there were none."""
+    verdicts, kinds = judge_directory(directory)
+    rows = zip(read_captions(directory), verdicts)
+    failed = [f"{name}\t{text}\t{wrong(verdict)}" for (name, text), verdict in rows if not verdict["all"]]
     print(*table(verdicts, kinds), *failed, sep="\n")
+    return not failed
+
+
+def compare_directories(first, second):
+    """List the captions whose pictures are all right in one folder and not in the other."""
+    rows = read_captions(first)
+    if rows != read_captions(second):
+        raise ValueError(f"{first} and {second} hold different captions: draw both with one seed, kind and number")
+    pairs = list(zip(rows, judge_directory(first)[0], judge_directory(second)[0]))
+    differing = [
+        f"{name}\t{text}\t{first}: {wrong(a)}\t{second}: {wrong(b)}"
+        for (name, text), a, b in pairs
+        if a["all"] != b["all"]
+    ]
+    gained = sum(a["all"] and not b["all"] for _, a, b in pairs)
+    print(*differing, sep="\n", end="\n" if differing else "")
+    print(
+        f"{len(differing)} of {len(rows)} verdicts differ: {gained} right in {first} only, "
+        f"{len(differing) - gained} in {second} only"
+    )
 
 
 def self_test(count=300, side=(128, 128), seed=5):
@@ -139,14 +197,27 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("directory", nargs="?", help="pictures and captions.tsv")
     parser.add_argument("--self-test", action="store_true", help="judge ground-truth renderings")
+    parser.add_argument("--compare", metavar="DIR2", help="list the captions whose verdict differs in DIR2")
+    parser.add_argument("--strict", action="store_true", help="exit with 1 unless every picture is right")
+    parser.add_argument("--draw", type=int, metavar="N", help="print N captions and judge nothing")
+    parser.add_argument("--kind", choices=("mixed", *scenes.MIXED), default="mixed", help="kind of captions to draw")
+    parser.add_argument("--seed", type=int, default=1, help="seed of the captions to draw")
     args = parser.parse_args()
     if args.self_test:
         self_test()
+    elif args.draw is not None:
+        print(*scenes.draw_captions(args.draw, args.seed, args.kind)[1], sep="\n")
+    elif args.directory and args.compare:
+        compare_directories(args.directory, args.compare)
     elif args.directory:
-        check_directory(args.directory)
+        if not check_directory(args.directory) and args.strict:
+            sys.exit(1)
     else:
-        parser.error("give a directory or --self-test")
+        parser.error("give a directory, --draw N or --self-test")
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except (OSError, ValueError) as error:
+        sys.exit(f"check.py: {error}")

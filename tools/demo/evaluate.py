@@ -3,9 +3,11 @@
     python evaluate.py MODEL_DIR --captions 96 --sheet sheet.png
     python evaluate.py MODEL_DIR --held-out        # only colour-shape pairs that training never shows
     python evaluate.py MODEL_DIR --edits
+    python evaluate.py MODEL_DIR --save DIR        # keep the pictures in check.py's form, to compare with others
     python evaluate.py MODEL_DIR --vae             # reconstruction of the VAE alone
 
-Prints one table per run. Captions come from a seed that training does not use.
+Prints one table per run. Captions come from a seed that training does not use; `check.py --draw` and
+`tools/quality.sh` with the same seed draw the same ones.
 """
 
 import argparse
@@ -22,8 +24,6 @@ import sampler
 import scenes
 
 CELL = 16
-# One object, two objects, a row: more hard scenes than in training, so that the figure says something about them.
-SHARES = {"one": 0.5, "two": 0.3, "row": 0.2}
 
 
 def contact_sheet(pictures, columns=8, gap=4):
@@ -37,33 +37,23 @@ def contact_sheet(pictures, columns=8, gap=4):
     return sheet
 
 
-def draw_scenes(count, held_out, seed, kind=None):
-    """Scenes and their captions, of all kinds or of one; `held_out` asks for single held-out objects only."""
-    rng = np.random.default_rng(seed)
-    kinds = rng.choice(list(SHARES), count, p=list(SHARES.values()))
-    if held_out or kind:
-        kinds = ["one" if held_out else kind] * count
-    plain = [scenes.draw_scene(rng, kind, held_out) for kind in kinds]
-    return plain, [scenes.caption(s, rng) for s in plain]
-
-
 def in_batches(model, tok, texts, grid, args, sources=None):
     """`sampler.generate` over batches, the seed moving on with each."""
+    settings = sampler.Settings(
+        args.sampler, args.steps, args.cfg, args.cfg_img, args.shift, args.noise_level, not args.no_norm
+    )
     parts = []
     for i in range(0, len(texts), args.batch):
         some = None if sources is None else sources[i : i + args.batch]
-        parts.append(
-            sampler.generate(
-                model, tok, texts[i : i + args.batch], grid, args.cfg, args.cfg_img, args.steps, args.sampler,
-                args.seed + i, not args.no_norm, some,
-            )
-        )  # fmt: skip
+        batch = texts[i : i + args.batch]
+        draw = sampler.normal_draws(args.seed + i, len(batch), model.config.token_dim)
+        parts.append(sampler.generate(model, tok, batch, grid, settings, draw, some))
     return torch.cat(parts)
 
 
 def evaluate_captions(model, vae, tok, grid, args):
     """(pictures, verdicts, kinds, texts) for captions."""
-    plain, texts = draw_scenes(args.captions, args.held_out, args.seed + 1_000_003, args.kind)
+    plain, texts = scenes.draw_captions(args.captions, args.seed, args.kind, args.held_out)
     pictures = sampler.decode_tokens(vae, in_batches(model, tok, texts, grid, args), grid)
     return pictures, [check.judge(p, s) for p, s in zip(pictures, plain)], [s.kind for s in plain], texts
 
@@ -83,7 +73,7 @@ def evaluate_edits(model, vae, tok, grid, args):
 def evaluate_vae(vae, grid, args):
     """PSNR in dB of each reconstruction, and the checker's verdicts on them."""
     rng = np.random.default_rng(args.seed + 1_000_003)
-    plain, _ = draw_scenes(args.captions, False, args.seed + 1_000_003)
+    plain, _ = scenes.draw_captions(args.captions, args.seed)
     original = np.stack([scenes.render(scenes.jitter(rng, s), grid[0] * CELL, grid[1] * CELL) for s in plain])
     pictures = sampler.decode_tokens(vae, sampler.encode_pictures(vae, original), grid)
     squared = ((pictures.astype(np.float64) - original) ** 2).mean((1, 2, 3))
@@ -100,18 +90,23 @@ def main():
     parser.add_argument("--cfg", type=float, default=2.0)
     parser.add_argument("--cfg-img", type=float, default=1.0)
     parser.add_argument("--steps", type=int, default=10)
-    parser.add_argument("--sampler", choices=("ode", "sde"), default="ode")
+    parser.add_argument("--sampler", choices=sampler.SAMPLERS, default="ode")
+    parser.add_argument("--shift", type=float, default=1.0, help="above 1 moves the steps towards the noise")
+    parser.add_argument("--noise-level", type=float, default=0.8, help="noise of the sde and cps samplers")
     parser.add_argument("--no-norm", action="store_true", help="leave sampled tokens as they are (use_norm false)")
     parser.add_argument("--held-out", action="store_true", help="only held-out colour-shape pairs, one object")
-    parser.add_argument("--kind", choices=sorted(SHARES), help="only captions of this kind")
+    parser.add_argument("--kind", choices=("mixed", *scenes.MIXED), default="mixed", help="only captions of one kind")
     parser.add_argument("--edits", action="store_true", help="score editing instead of captions")
     parser.add_argument("--vae", action="store_true", help="score the VAE alone")
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--batch", type=int, default=48)
     parser.add_argument("--sheet", help="write a contact sheet of the first 48 pictures here (PNG)")
+    parser.add_argument("--save", metavar="DIR", help="write every picture and captions.tsv here, as check.py reads them")
     parser.add_argument("--failures", action="store_true", help="list the captions that failed")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     args = parser.parse_args()
+    if args.save and (args.edits or args.vae):
+        parser.error("--save keeps pictures made from captions: leave out --edits and --vae")
     width, height = map(int, args.size.split("x"))
     grid = (height // CELL, width // CELL)
     vae = layout.load_vae(args.vae_dir or pathlib.Path(args.model) / "vae", args.device)
@@ -129,6 +124,8 @@ def main():
         for text, verdict in zip(texts, verdicts):
             if not verdict["all"]:
                 print(f"{text}: {', '.join(a for a in check.ATTRIBUTES if not verdict[a])}")
+    if args.save:
+        check.save(args.save, pictures, texts)
     if args.sheet:
         Image.fromarray(contact_sheet(pictures[:48])).save(args.sheet, optimize=True)
 

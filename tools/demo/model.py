@@ -50,10 +50,14 @@ class RMSNorm(nn.Module):
         return (x32 * torch.rsqrt(x32.pow(2).mean(-1, keepdim=True) + self.eps)).to(x.dtype) * self.weight
 
 
+def rotary_frequencies(head_dim, theta):
+    """The angle that one position turns each pair of values by, [head_dim / 2]."""
+    return theta ** (-torch.arange(0, head_dim, 2, dtype=torch.float32) / head_dim)
+
+
 def rotary_table(positions, head_dim, theta):
     """cos and sin, each [len(positions), head_dim], for the "rotate halves" form."""
-    inv_freq = theta ** (-torch.arange(0, head_dim, 2, dtype=torch.float32) / head_dim)
-    angle = positions.float()[:, None].cpu() * inv_freq[None]
+    angle = positions.float()[:, None].cpu() * rotary_frequencies(head_dim, theta)[None]
     angle = torch.cat([angle, angle], -1)
     return angle.cos().to(positions.device), angle.sin().to(positions.device)
 

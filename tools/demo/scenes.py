@@ -154,6 +154,21 @@ def caption(scene, rng=None):
     return text
 
 
+# One object, two objects, a row: more hard scenes than in training, so that a figure says something about them.
+MIXED = {"one": 0.5, "two": 0.3, "row": 0.2}
+
+
+def draw_captions(count, seed, kind="mixed", held_out=False):
+    """(scenes without jitter, their captions) that training has not seen, of all kinds or of one; `held_out` asks for
+    single objects of the held-out pairs. The same arguments give the same captions everywhere."""
+    rng = np.random.default_rng(seed + 1_000_003)
+    kinds = rng.choice(list(MIXED), count, p=list(MIXED.values()))
+    if held_out or kind != "mixed":
+        kinds = ["one" if held_out else kind] * count
+    plain = [draw_scene(rng, kind, held_out) for kind in kinds]
+    return plain, [caption(s, rng) for s in plain]
+
+
 EDITS = ("colour", "background", "shape", "remove", "add")
 
 

@@ -7,7 +7,7 @@ use std::process::ExitCode;
 use warpstep::device::cuda::{CudaDevice, probe};
 use warpstep::device::emulated::{EmulatedDevice, EmulatedOptions, build_kind};
 use warpstep::device::{Device, cubins};
-use warpstep::ops;
+use warpstep::{conformance, ops};
 
 /// Report what this machine and this build can do.
 #[derive(Args)]
@@ -39,6 +39,7 @@ impl Doctor {
                     "emulated_sm_count": emulated.sm_count,
                     "cuda": gpu.as_ref().ok(),
                     "cuda_unusable": usable.as_ref().err().map(ToString::to_string),
+                    "primitives_verified_on": conformance::VERIFIED_ON,
                     "cpu_threads": cpu,
                     "demo_model": cfg!(feature = "demo-model"),
                 })
@@ -59,6 +60,11 @@ impl Doctor {
             build_kind(),
             emulated.sm_count
         );
+        let primitives = conformance::UNITS.iter().map(|unit| unit.primitives.len()).sum::<usize>();
+        match conformance::VERIFIED_ON {
+            [] => println!("primitives: {primitives}, none compared with a GPU yet (kernels conformance)"),
+            gpus => println!("primitives: {primitives}, compared with {}", gpus.join(", ")),
+        }
         if let Ok(facts) = &gpu {
             let ((major, minor), (cc, cc_minor)) = (facts.driver_cuda, facts.capability);
             println!("NVIDIA driver: for CUDA {major}.{minor}, shows {} device(s)", facts.devices);

@@ -4,13 +4,14 @@ use crate::args::{DeviceArgs, Precision, parse_size};
 use anyhow::{Context, Result, bail};
 use clap::Args;
 use indicatif::{ProgressBar, ProgressDrawTarget, ProgressStyle};
+use std::num::NonZeroU32;
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 use std::sync::Arc;
 use warpstep::device::emulated::build_kind;
 use warpstep::engine::{Engine, EngineOptions, ModelSource};
 use warpstep::event::{CancelToken, Control, Event};
-use warpstep::image::{Metadata, write_png};
+use warpstep::image::{Metadata, RgbImage, write_png};
 use warpstep::request::{GenerateRequest, Preset, RequestFields};
 use warpstep::sampler::{GuidanceSchedule, Sampler};
 
@@ -98,6 +99,11 @@ pub struct Generate {
     #[arg(long, value_enum, default_value = "bf16")]
     precision: Precision,
 
+    /// Write the picture so far after every so many rows of image tokens, to FILE-preview.png. Each costs a VAE
+    /// decode of those rows, and differs a little from what they will be in the whole picture.
+    #[arg(long, value_name = "ROWS")]
+    preview: Option<NonZeroU32>,
+
     /// Read copies of the weight files instead of mapping them.
     #[arg(long)]
     no_mmap: bool,
@@ -142,7 +148,8 @@ impl Generate {
             ..EngineOptions::default()
         };
         let engine = Arc::new(Engine::load(&source, self.device.open()?, options)?);
-        let request = self.request(&engine)?;
+        let mut request = self.request(&engine)?;
+        request.preview_every_rows = self.preview;
         let plan = engine.plan(&request)?;
         eprintln!("{}: {}", engine.name(), request.describe());
         eprintln!(
@@ -155,13 +162,24 @@ impl Generate {
         );
         let progress = progress_bar(plan.image_tokens as u64);
         let cancel = CancelToken::new();
+        let mut unwritten = None;
         let result = engine.session().generate(&request, &cancel, &mut |event| {
-            if let Event::Token { done, .. } = event {
-                progress.set_position(*done as u64);
+            match event {
+                Event::Token { done, .. } => progress.set_position(*done as u64),
+                Event::Preview { images, .. } => {
+                    if let Err(error) = self.write_previews(images) {
+                        unwritten = Some(error);
+                        return Control::Stop;
+                    }
+                }
+                _ => {}
             }
             Control::Continue
         });
         progress.finish_and_clear();
+        if let Some(error) = unwritten {
+            return Err(error);
+        }
         let result = result?;
         let mut files = Vec::new();
         for (index, image) in result.images.iter().enumerate() {
@@ -217,6 +235,16 @@ impl Generate {
         };
         let defaults = self.preset.map_or_else(|| *engine.defaults(), Preset::defaults);
         Ok(fields.resolve(&defaults)?)
+    }
+
+    /// Pictures that are not finished; they carry no parameters.
+    fn write_previews(&self, images: &[RgbImage]) -> Result<()> {
+        let stem = self.output.file_stem().unwrap_or_default().to_string_lossy();
+        let path = self.output.with_file_name(format!("{stem}-preview.png"));
+        for (index, image) in images.iter().enumerate() {
+            write_png(&numbered(&path, index, images.len()), image, None)?;
+        }
+        Ok(())
     }
 
     /// What the PNG remembers: enough to make this image again by itself.

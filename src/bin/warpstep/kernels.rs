@@ -3,8 +3,10 @@
 use crate::args::{DeviceArgs, Precision};
 use anyhow::{Result, bail};
 use clap::{Args, Subcommand};
+use std::path::PathBuf;
 use std::process::ExitCode;
 use std::time::Instant;
+use warpstep::conformance::{self, Outputs};
 use warpstep::device::cubins;
 use warpstep::ops::harness::{Rig, Scale};
 use warpstep::ops::{self, DType};
@@ -16,6 +18,8 @@ pub enum Kernels {
     List(List),
     /// Run every case of every variant against the f64 reference, one line each.
     Test(Test),
+    /// Check the device's primitives against the PTX manual, and against outputs kept from another device.
+    Conformance(Conformance),
 }
 
 /// Options of `kernels list`.
@@ -65,12 +69,32 @@ pub struct Test {
     device: DeviceArgs,
 }
 
+/// Options of `kernels conformance`.
+#[derive(Args)]
+pub struct Conformance {
+    /// Only this unit.
+    #[arg(long)]
+    unit: Option<String>,
+
+    /// Keep all outputs in this file, for --against elsewhere.
+    #[arg(long, value_name = "FILE", conflicts_with = "unit")]
+    out: Option<PathBuf>,
+
+    /// Compare with the outputs in this file as well, bit for bit.
+    #[arg(long, value_name = "FILE")]
+    against: Option<PathBuf>,
+
+    #[command(flatten)]
+    device: DeviceArgs,
+}
+
 impl Kernels {
     /// Runs the verb.
     pub fn run(self) -> Result<ExitCode> {
         match self {
             Kernels::List(list) => list.run(),
             Kernels::Test(test) => test.run(),
+            Kernels::Conformance(conformance) => conformance.run(),
         }
     }
 }
@@ -109,6 +133,47 @@ impl List {
             }
         }
         Ok(ExitCode::SUCCESS)
+    }
+}
+
+impl Conformance {
+    fn run(self) -> Result<ExitCode> {
+        let device = self.device.open()?;
+        let kept = self.against.as_deref().map(Outputs::load).transpose()?;
+        let only = self.unit.as_deref().map(conformance::find).transpose()?;
+        let mut outputs = Outputs { device: device.info().name, units: Vec::new() };
+        let mut failed = 0;
+        for unit in conformance::UNITS.iter().filter(|u| only.is_none_or(|only| only.name == u.name)) {
+            let words = unit.run(device.as_ref())?;
+            let mut verdict = unit.check(&words).map(|wrong| (wrong, "the manual"));
+            if let (None, Some(kept)) = (&verdict, &kept) {
+                let theirs = kept.units.iter().find(|(name, _)| name == unit.name);
+                verdict = theirs
+                    .and_then(|(_, theirs)| unit.compare(&words, theirs))
+                    .map(|wrong| (wrong, kept.device.as_str()));
+            }
+            let primitives = unit.primitives.join(" ");
+            match verdict {
+                None => println!("{}: {} words: ok ({primitives})", unit.name, words.len()),
+                Some((wrong, source)) => {
+                    failed += 1;
+                    println!(
+                        "{}: {} of {} words differ from {source}, first word {}: {}: FAIL ({primitives})",
+                        unit.name,
+                        wrong.count,
+                        words.len(),
+                        wrong.at,
+                        wrong.detail
+                    );
+                }
+            }
+            outputs.units.push((unit.name.into(), words));
+        }
+        println!("{} passed, {failed} failed", outputs.units.len() - failed);
+        if let Some(path) = &self.out {
+            outputs.save(path)?;
+        }
+        Ok(if failed == 0 { ExitCode::SUCCESS } else { ExitCode::FAILURE })
     }
 }
 
