@@ -216,11 +216,6 @@ struct Stages<'a, 'b> {
 impl Stages<'_, '_> {
     fn hidden_tolerance(&self) -> Tolerance {
         match self.dtype {
-            // Twice the fixtures' bound: on our demo model torch's own float32 is up to 1.2e-6 of the stream's largest
-            // value away from float64, on theirs 5e-7.
-            DType::F32 if self.case.text("model").is_ok_and(|m| m == "demo128") => {
-                Tolerance::Scaled { max: 2e-5, of_largest: 4e-6 }
-            }
             DType::F32 => Tolerance::Scaled { max: 2e-5, of_largest: 2e-6 },
             DType::Bf16 => Tolerance::Stream { mean: 0.02, max: 0.15 },
         }
