@@ -1,10 +1,17 @@
-//! Pictures on disk: PNG files out, with the request inside, and that text back.
+//! Pictures on disk: PNG files out, with the request inside, and that text back; PNG, JPEG and WebP files in, brought
+//! to a size that the model takes.
 //!
 //! A file appears under its name only when it is whole: it is written beside its destination, flushed to the disk and
 //! renamed. Two text chunks carry what made the picture: `parameters`, the line format that viewers read, and
 //! `warpstep`, JSON for ourselves. This module knows neither requests nor how pixels come about.
 
 mod atomic;
+mod prepare;
+mod read;
+mod resize;
+
+pub use prepare::{BUCKETS, ResizeMode, nearest_bucket, prepare};
+pub use read::{ImageLimits, load_image};
 
 use crate::error::{Error, Result};
 use atomic::write_atomically;

@@ -6,6 +6,7 @@
 //! `picture` are the exception: they run freely, and what they compare is the picture.
 
 mod case;
+mod center_crop;
 mod flow;
 mod free_run;
 mod models;
@@ -102,7 +103,7 @@ pub fn run_case(
         "vae" => vae::run(&context)?,
         "picture" => picture::run(&context, models)?,
         "text" => Outcome::Skipped("text generation is not built yet".into()),
-        "center_crop" => Outcome::Skipped("editing input is not built yet".into()),
+        "center_crop" => center_crop::run(&context)?,
         other => Outcome::Skipped(format!("unknown kind {other:?}")),
     };
     Ok(Some(outcome))
