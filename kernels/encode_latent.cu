@@ -6,7 +6,8 @@
 //   mean, deviation, sample [h, w, C] E   optional: what tokens are made of, for verification
 //
 // mean: with psz every psz x psz patch of the means is normalised over its psz * psz * C values (biased variance, eps
-// 1e-6, no affine). deviation = exp(clamp(log variance, -30, 20) / 2), sample = mean + deviation * draw.
+// 1e-6, no affine). deviation = exp(clamp(log variance, -30, 20) / 2), sample = mean + deviation * draw;
+// without a draw the posterior is its mean, and the deviation 0.
 //
 // Rounding: everything is float; each output is rounded to E once. The deviations are summed about the mean, in a
 // second pass: a patch is 32 bytes of moments per pixel and stays in L1.
@@ -55,7 +56,7 @@ DEV void encode_latent_plain(const EncodeLatentParams& p) {
     const size_t at = static_cast<size_t>(pixel) * p.channels + c;
     const float mean = (mean_of(i) - center) * scale;
     const float log_variance = to_f32(moments[static_cast<size_t>(pixel) * 2 * p.channels + p.channels + c]);
-    const float deviation = f_exp(0.5f * f_min(f_max(log_variance, -30.0f), 20.0f));
+    const float deviation = p.draw ? f_exp(0.5f * f_min(f_max(log_variance, -30.0f), 20.0f)) : 0.0f;
     const float sample = p.draw ? f_fma(deviation, ptr<const float>(p.draw)[at], mean) : mean;
     if (p.mean) ptr<E>(p.mean)[at] = from_f32<E>(mean);
     if (p.deviation) ptr<E>(p.deviation)[at] = from_f32<E>(deviation);

@@ -26,12 +26,14 @@ typedef struct {
   uint32_t pad[30];
 } GenerationState;
 
-/* x[m, :] = table[ids[m], :] */
+/* x[m, :] = table[ids[m], :], or source[source_row[m], :] where the row is an image token's */
 typedef struct {
-  uint64_t ids;   /* [M] uint32, each below vocab */
-  uint64_t table; /* [V, D] E */
-  uint64_t x;     /* [M, D] float, written */
-  uint32_t rows, hidden, vocab, pad;
+  uint64_t ids;        /* [M] uint32, each below vocab */
+  uint64_t table;      /* [V, D] E */
+  uint64_t source;     /* [source_rows, D] float, optional: projected image tokens */
+  uint64_t source_row; /* [M] uint32, with source: below source_rows, or 0xffffffff for a row of the table */
+  uint64_t x;          /* [M, D] float, written */
+  uint32_t rows, hidden, vocab, source_rows;
 } EmbedParams;
 
 /* y[s, :] = x[index[s], :] */
@@ -209,7 +211,7 @@ typedef struct {
   uint64_t draw;    /* [h, w, C] float, optional: the sample is the mean */
   uint64_t tokens;  /* [T, K] E, written */
   uint64_t mean;    /* [h, w, C] E, optional, written: after the norm */
-  uint64_t deviation; /* [h, w, C] E, optional, written */
+  uint64_t deviation; /* [h, w, C] E, optional, written: 0 without draw */
   uint64_t sample;  /* [h, w, C] E, optional, written */
   uint32_t height, width, channels, patch; /* height, width of the latent */
   uint32_t psz;     /* each psz x psz patch of the mean is normalised over pixels and channels; 0: no norm */

@@ -49,7 +49,7 @@ pub struct Args {
 pub struct Taps {
     /// The posterior's mean, normalised.
     pub mean: Option<Span>,
-    /// Its standard deviation.
+    /// Its standard deviation; 0 without a draw.
     pub std: Option<Span>,
     /// `mean + std * draw`.
     pub sample: Option<Span>,

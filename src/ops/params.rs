@@ -26,7 +26,7 @@ pub struct GenerationState {
 }
 const _: () = assert!(size_of::<GenerationState>() == 128);
 
-/// x[m, :] = table[ids[m], :]
+/// x[m, :] = table[ids[m], :], or source[source_row[m], :] where the row is an image token's
 #[repr(C)]
 #[derive(Debug, Default, Copy, Clone, bytemuck::Pod, bytemuck::Zeroable)]
 pub struct EmbedParams {
@@ -34,14 +34,18 @@ pub struct EmbedParams {
     pub ids: u64,
     /// [V, D] E
     pub table: u64,
+    /// [source_rows, D] float, optional: projected image tokens
+    pub source: u64,
+    /// [M] uint32, with source: below source_rows, or 0xffffffff for a row of the table
+    pub source_row: u64,
     /// [M, D] float, written
     pub x: u64,
     pub rows: u32,
     pub hidden: u32,
     pub vocab: u32,
-    pub pad: u32,
+    pub source_rows: u32,
 }
-const _: () = assert!(size_of::<EmbedParams>() == 40);
+const _: () = assert!(size_of::<EmbedParams>() == 56);
 
 /// y[s, :] = x[index[s], :]
 #[repr(C)]
@@ -398,7 +402,7 @@ pub struct EncodeLatentParams {
     pub tokens: u64,
     /// [h, w, C] E, optional, written: after the norm
     pub mean: u64,
-    /// [h, w, C] E, optional, written
+    /// [h, w, C] E, optional, written: 0 without draw
     pub deviation: u64,
     /// [h, w, C] E, optional, written
     pub sample: u64,

@@ -23,7 +23,7 @@ pub struct Shape {
 pub struct Latent<T> {
     /// Mean of the posterior, normalised.
     pub mean: Vec<T>,
-    /// Its standard deviation.
+    /// Its standard deviation; 0 without a draw.
     pub std: Vec<T>,
     /// `mean + std * draw`.
     pub sample: Vec<T>,
@@ -59,7 +59,10 @@ pub fn encode_latent<P: Precision>(
         }
     }
     let (low, high, two) = (P::constant(-30.0), P::constant(20.0), P::constant(2.0));
-    let std: Vec<P::T> = log_variance.iter().map(|v| (v.max(low).min(high) / two).exp()).collect();
+    let std: Vec<P::T> = match draw {
+        Some(_) => log_variance.iter().map(|v| (v.max(low).min(high) / two).exp()).collect(),
+        None => vec![P::constant(0.0); log_variance.len()],
+    };
     let sample: Vec<P::T> = match draw {
         Some(draw) => mean.iter().zip(&std).zip(draw).map(|((&m, &s), &d)| m + s * d).collect(),
         None => mean.clone(),

@@ -75,6 +75,11 @@ impl VaeEncoder {
         !self.config.deterministic
     }
 
+    /// Both sides of a picture divide by this many pixels.
+    pub fn size_unit(&self) -> usize {
+        self.config.downsample_factor() * self.config.encoder_norm.map_or(1, |norm| norm.psz)
+    }
+
     /// `[height, width, 3]`: the values from -1 to 1 that the encoder takes, in the official order of operations.
     pub fn pixel_values(image: &RgbImage) -> Vec<f32> {
         image.data().iter().map(|&v| (f32::from(v) / 255.0 - 0.5) / 0.5).collect()
