@@ -50,6 +50,17 @@ pub enum Error {
     /// The device failed outside a launch.
     #[error("device error: {0}")]
     Device(String),
+    /// There is no CUDA device to open: no driver, no such device, too old a driver, another kind of GPU, or a build
+    /// without GPU kernels.
+    #[error("no CUDA device: {0}")]
+    NoDevice(String),
+    /// A call into the CUDA driver failed and left the device usable.
+    #[error("{call} failed: CUDA error {code} ({reason})")]
+    Driver { call: &'static str, code: i32, reason: String },
+    /// The CUDA context is dead. Every call on the device fails from then on, in all sessions; the driver needs a new
+    /// process to go on.
+    #[error("device lost, CUDA error {code}; a new process is needed: {reason}")]
+    DeviceLost { code: i32, reason: String },
     /// A sampled token is not finite.
     #[error("non-finite values in {stage} at image token {token}")]
     NonFinite { stage: &'static str, token: usize },

@@ -1,6 +1,6 @@
 //! What the executor asks of a device: memory, node lists, replay, events.
 //!
-//! Two devices implement this: `emulated` (the same `.cu` files on host fibers) and, later, `cuda`. The executor
+//! Two devices implement this: `emulated` (the same `.cu` files on host fibers) and `cuda`. The executor
 //! never captures streams: it records [`Node`]s with explicit dependencies, and a device turns the [`NodeList`]
 //! into whatever it can replay cheaply. Nothing in a node changes between replays: position, token index and
 //! lengths live in device memory.
@@ -8,6 +8,7 @@
 //! This module knows nothing of models or ops.
 
 pub mod cubins;
+pub mod cuda;
 pub mod emulated;
 mod node;
 

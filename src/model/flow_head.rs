@@ -2,7 +2,7 @@
 
 use super::config::ModelConfig;
 use super::upload::Uploader;
-use crate::device::{Device, Node, NodeList, Span, Stream};
+use crate::device::{Node, NodeList, Span, Stream};
 use crate::error::{Error, Result};
 use crate::ops::{self, Launch};
 use crate::weights::ModelWeights;
@@ -198,26 +198,27 @@ impl FlowHead {
     }
 
     /// Computes `time_embed(t_n)` for the whole schedule into `time [N, F]`, once per session. `sinusoid` is
-    /// `[N, 256]` on the host.
+    /// `[N, 256]` on the host; `input [N, 256]` and `hidden [N, F]` are scratch.
     pub fn embed_times(
         &self,
         launch: &Launch<'_>,
-        device: &dyn Device,
         stream: &mut dyn Stream,
         sinusoid: Vec<f32>,
+        (input, hidden): (Span, Span),
         time: Span,
     ) -> Result<()> {
         let steps = sinusoid.len() / SINUSOID_WIDTH;
         let (bytes, _) = ops::harness::encode(launch.dtype, sinusoid);
-        let input = device.alloc(bytes.len(), "flow.sinusoid")?;
-        let hidden = device.alloc(steps * self.dims.width * launch.dtype.bytes(), "flow.time_hidden")?;
-        stream.upload(input.ptr(), &bytes)?;
+        if bytes.len() != input.bytes {
+            return Err(Error::Internal(format!("{} bytes of sinusoids for {}", bytes.len(), input.bytes)));
+        }
+        stream.upload(input.ptr, &bytes)?;
         let first = self.linear(
             launch,
             "flow.time_embed.0",
-            (input.span(), SINUSOID_WIDTH),
+            (input, SINUSOID_WIDTH),
             (self.time0, self.time0_bias),
-            (hidden.span(), self.dims.width),
+            (hidden, self.dims.width),
             steps,
             true,
         )?;
@@ -225,15 +226,13 @@ impl FlowHead {
         let second = self.linear(
             launch,
             "flow.time_embed.2",
-            (hidden.span(), self.dims.width),
+            (hidden, self.dims.width),
             (self.time2, self.time2_bias),
             (time, self.dims.width),
             steps,
             false,
         )?;
-        stream.launch(&second)?;
-        // The scratch buffers are freed on return.
-        stream.synchronize()
+        stream.launch(&second)
     }
 
     #[expect(clippy::too_many_arguments, reason = "input, weight and output are pairs already")]

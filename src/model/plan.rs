@@ -104,6 +104,8 @@ pub(super) struct Slots {
     pub(super) rope_offset: Slot,
     pub(super) condition: Slot,
     pub(super) time: Slot,
+    pub(super) sinusoid: Slot,
+    pub(super) time_hidden: Slot,
     pub(super) cond: Slot,
     pub(super) modulation: Slot,
     pub(super) steps_table: Slot,
@@ -218,6 +220,8 @@ pub(super) fn plan_memory(model: &NextStep, info: &DeviceInfo, spec: &RunSpec) -
         rope_offset: layout.add("rope_offset", sequences, index, both)?,
         condition: layout.add("condition", sequences * config.hidden_size, element, both)?,
         time: layout.add("flow.time", spec.steps.len() * dims.width, element, both)?,
+        sinusoid: layout.add("flow.sinusoid", spec.sinusoid.len(), element, prefill)?,
+        time_hidden: layout.add("flow.time_hidden", spec.steps.len() * dims.width, element, prefill)?,
         cond: layout.add("flow.cond", sequences * dims.width, element, decode)?,
         modulation: layout.add(
             "flow.modulation",

@@ -67,11 +67,11 @@ impl Run {
             splits,
             _cache_buffers: [keys, values],
         };
-        run.upload_tables(device.as_ref())?;
+        run.upload_tables()?;
         Ok(run)
     }
 
-    fn upload_tables(&mut self, device: &dyn Device) -> Result<()> {
+    fn upload_tables(&mut self) -> Result<()> {
         let spec = self.spec.clone();
         let sequences = spec.prompts.len();
         let mut row_seq = Vec::new();
@@ -126,8 +126,9 @@ impl Run {
         self.stream.fill(self.arena.span(self.slots.arrivals), 0)?;
         let selection = self.stage_selection(Stage::Decode)?;
         let launch = self.launch(&selection);
-        let time = self.arena.span(self.slots.time);
-        self.model.flow.embed_times(&launch, device, self.stream.as_mut(), spec.sinusoid, time)
+        let [input, hidden, time] =
+            [self.slots.sinusoid, self.slots.time_hidden, self.slots.time].map(|slot| self.arena.span(slot));
+        self.model.flow.embed_times(&launch, self.stream.as_mut(), spec.sinusoid, (input, hidden), time)
     }
 
     /// Variants of a stage. Fixed by the stage, never by the number of rows: see [`Selection::or`].

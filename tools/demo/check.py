@@ -132,6 +132,17 @@ def save(directory, pictures, texts):
     (directory / "captions.tsv").write_text("".join(f"{name}\t{text}\n" for name, text in zip(names, texts)))
 
 
+def contact_sheet(pictures, columns=8, gap=4):
+    """uint8 pictures [N, H, W, 3] in one sheet."""
+    count, height, width, _ = pictures.shape
+    rows = -(-count // columns)
+    sheet = np.full((rows * (height + gap) + gap, columns * (width + gap) + gap, 3), 255, np.uint8)
+    for i, picture in enumerate(pictures):
+        top, left = gap + i // columns * (height + gap), gap + i % columns * (width + gap)
+        sheet[top : top + height, left : left + width] = picture
+    return sheet
+
+
 def read_captions(directory):
     """[(file name, caption)] of DIR/captions.tsv."""
     lines = (pathlib.Path(directory) / "captions.tsv").read_text().splitlines()
@@ -159,6 +170,12 @@ def check_directory(directory):
     failed = [f"{name}\t{text}\t{wrong(verdict)}" for (name, text), verdict in rows if not verdict["all"]]
     print(*table(verdicts, kinds), *failed, sep="\n")
     return not failed
+
+
+def sheet_of_directory(directory, path):
+    """Write DIR's pictures, in the order of captions.tsv, as one."""
+    opened = [Image.open(pathlib.Path(directory) / name).convert("RGB") for name, _ in read_captions(directory)]
+    Image.fromarray(contact_sheet(np.stack(opened))).save(path, optimize=True)
 
 
 def compare_directories(first, second):
@@ -198,6 +215,7 @@ def main():
     parser.add_argument("directory", nargs="?", help="pictures and captions.tsv")
     parser.add_argument("--self-test", action="store_true", help="judge ground-truth renderings")
     parser.add_argument("--compare", metavar="DIR2", help="list the captions whose verdict differs in DIR2")
+    parser.add_argument("--sheet", metavar="FILE", help="also write the pictures side by side (PNG)")
     parser.add_argument("--strict", action="store_true", help="exit with 1 unless every picture is right")
     parser.add_argument("--draw", type=int, metavar="N", help="print N captions and judge nothing")
     parser.add_argument("--kind", choices=("mixed", *scenes.MIXED), default="mixed", help="kind of captions to draw")
@@ -210,6 +228,8 @@ def main():
     elif args.directory and args.compare:
         compare_directories(args.directory, args.compare)
     elif args.directory:
+        if args.sheet:
+            sheet_of_directory(args.directory, args.sheet)
         if not check_directory(args.directory) and args.strict:
             sys.exit(1)
     else:

@@ -26,17 +26,6 @@ import scenes
 CELL = 16
 
 
-def contact_sheet(pictures, columns=8, gap=4):
-    """uint8 pictures [N, H, W, 3] in one sheet."""
-    count, height, width, _ = pictures.shape
-    rows = -(-count // columns)
-    sheet = np.full((rows * (height + gap) + gap, columns * (width + gap) + gap, 3), 255, np.uint8)
-    for i, picture in enumerate(pictures):
-        top, left = gap + i // columns * (height + gap), gap + i % columns * (width + gap)
-        sheet[top : top + height, left : left + width] = picture
-    return sheet
-
-
 def in_batches(model, tok, texts, grid, args, sources=None):
     """`sampler.generate` over batches, the seed moving on with each."""
     settings = sampler.Settings(
@@ -127,7 +116,7 @@ def main():
     if args.save:
         check.save(args.save, pictures, texts)
     if args.sheet:
-        Image.fromarray(contact_sheet(pictures[:48])).save(args.sheet, optimize=True)
+        Image.fromarray(check.contact_sheet(pictures[:48])).save(args.sheet, optimize=True)
 
 
 if __name__ == "__main__":

@@ -37,9 +37,14 @@ class Stream:
 
 
 # Shares of "one", "two" and "row" within a captioned stream, before and after `switch`: single objects first.
-MIX_EARLY, MIX_LATE = (0.86, 0.09, 0.05), (0.6, 0.25, 0.15)
+MIX_EARLY, MIX_LATE = (0.86, 0.09, 0.05), (0.55, 0.28, 0.17)
 CAPTIONED = ("one", "two", "row")
 PLANS = {
+    "small": (
+        Stream(CAPTIONED, (4, 4), 0.75, 0.68, 48),
+        Stream(CAPTIONED, (4, 8), 0.0, 0.06, 32),
+        Stream(("edit",), (4, 4), 0.25, 0.26, 32),
+    ),
     "square": (Stream(CAPTIONED, (8, 8), 1.0, 1.0, 32),),
     "full": (
         Stream(CAPTIONED, (8, 8), 0.85, 0.6, 32),

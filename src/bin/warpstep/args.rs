@@ -2,19 +2,47 @@
 
 use anyhow::{Result, bail};
 use clap::{Args, ValueEnum};
+use std::path::PathBuf;
 use std::sync::Arc;
+use warpstep::Error;
 use warpstep::device::Device;
+use warpstep::device::cuda::{CudaDevice, CudaOptions};
 use warpstep::device::emulated::{EmulatedDevice, EmulatedOptions};
 use warpstep::ops::{DType, Selection};
 
-/// Which device, and how the emulated one is set up.
+/// Environment variable with the path of the CUDA driver's library, for machines that keep it elsewhere, and tests.
+const LIBRARY_VARIABLE: &str = "WARPSTEP_CUDA_LIBRARY";
+
+/// What `--device` asks for.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum DeviceChoice {
+    /// A GPU where there is one that can be driven, else the emulated device.
+    Auto,
+    /// The GPU of this number.
+    Cuda(u32),
+    /// The emulated device.
+    Emulated,
+}
+
+/// Which device, and how it is set up.
 #[derive(Args, Clone)]
 pub struct DeviceArgs {
-    /// Device: auto takes a GPU if this build can drive one, else the emulated device.
-    #[arg(long, default_value = "auto", value_parser = ["auto", "emulated"])]
-    pub device: String,
+    /// Device: cuda, cuda:N (the GPU of that number), emulated, or auto: a Hopper GPU where there is one, else the
+    /// emulated device.
+    #[arg(long, default_value = "auto", value_parser = parse_device)]
+    pub device: DeviceChoice,
 
-    /// SMs that the emulated device reports; 132 is the shipped geometry, 4 is quick.
+    /// Folder of MODULE.cubin files to run on a GPU instead of the ones inside this program.
+    #[arg(long, value_name = "DIR")]
+    pub cubins: Option<PathBuf>,
+
+    /// Start no kernel on a GPU before its predecessors have ended: to find out whether a dependent launch is at
+    /// fault.
+    #[arg(long)]
+    pub no_dependent_launch: bool,
+
+    /// SMs that the emulated device reports; 132 is the shipped geometry, 4 is quick. A GPU has the SMs it has:
+    /// with this option, auto means emulated.
     #[arg(long, value_name = "N", value_parser = clap::value_parser!(u32).range(1..=264))]
     pub sm_count: Option<u32>,
 
@@ -24,8 +52,27 @@ pub struct DeviceArgs {
 }
 
 impl DeviceArgs {
-    /// Opens the device.
+    /// Opens the device. Where auto finds no GPU, one line says why.
     pub fn open(&self) -> Result<Arc<dyn Device>> {
+        let gpu = |ordinal| CudaDevice::open(self.cuda_options(ordinal));
+        match (self.device, self.sm_count) {
+            (DeviceChoice::Cuda(_), Some(_)) => {
+                Err(Error::request("sm-count", "is for the emulated device; a GPU has the SMs it has").into())
+            }
+            (DeviceChoice::Cuda(ordinal), None) => Ok(Arc::new(gpu(ordinal)?)),
+            (DeviceChoice::Auto, None) => match gpu(0) {
+                Ok(device) => Ok(Arc::new(device)),
+                Err(error @ Error::NoDevice(_)) => {
+                    eprintln!("{error}; using the emulated device");
+                    self.emulated()
+                }
+                Err(error) => Err(error.into()),
+            },
+            (DeviceChoice::Auto, Some(_)) | (DeviceChoice::Emulated, _) => self.emulated(),
+        }
+    }
+
+    fn emulated(&self) -> Result<Arc<dyn Device>> {
         let mut options = EmulatedOptions::default();
         if let Some(sm_count) = self.sm_count {
             options.sm_count = sm_count;
@@ -33,9 +80,37 @@ impl DeviceArgs {
         Ok(Arc::new(EmulatedDevice::new(options)?))
     }
 
+    fn cuda_options(&self, ordinal: u32) -> CudaOptions {
+        CudaOptions {
+            ordinal,
+            cubins: self.cubins.clone(),
+            dependent_launch: !self.no_dependent_launch,
+            ..cuda_options()
+        }
+    }
+
     /// The chosen variants.
     pub fn selection(&self) -> Result<Selection> {
         Ok(Selection::parse(&self.kernels)?)
+    }
+}
+
+/// The options of the first GPU, with the driver's library that the environment names.
+pub fn cuda_options() -> CudaOptions {
+    let library = std::env::var_os(LIBRARY_VARIABLE).map(PathBuf::from);
+    CudaOptions { library, ..CudaOptions::default() }
+}
+
+fn parse_device(text: &str) -> Result<DeviceChoice, String> {
+    match text.split_once(':') {
+        None if text == "auto" => Ok(DeviceChoice::Auto),
+        None if text == "cuda" => Ok(DeviceChoice::Cuda(0)),
+        None if text == "emulated" => Ok(DeviceChoice::Emulated),
+        Some(("cuda", number)) => number
+            .parse()
+            .map(DeviceChoice::Cuda)
+            .map_err(|_| format!("{number:?} is not the number of a GPU; they count from 0")),
+        _ => Err("known: auto, cuda, cuda:N, emulated".into()),
     }
 }
 

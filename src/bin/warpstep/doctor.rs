@@ -1,8 +1,10 @@
 //! `warpstep doctor`: what this machine and this build can do, for bug reports.
 
+use crate::args::cuda_options;
 use anyhow::Result;
 use clap::Args;
 use std::process::ExitCode;
+use warpstep::device::cuda::{CudaDevice, probe};
 use warpstep::device::emulated::{EmulatedDevice, EmulatedOptions, build_kind};
 use warpstep::device::{Device, cubins};
 use warpstep::{conformance, ops};
@@ -19,7 +21,9 @@ impl Doctor {
     /// Runs the verb.
     pub fn run(self) -> Result<ExitCode> {
         let emulated = EmulatedDevice::new(EmulatedOptions::default())?.info();
-        let driver = std::path::Path::new("/proc/driver/nvidia/version").exists();
+        let gpu = probe(&cuda_options());
+        // Opening needs more than a device: the right kind, and kernels in this build.
+        let usable = CudaDevice::open(cuda_options()).map(drop);
         let variants: usize =
             ops::registry().iter().flat_map(|op| op.variants).map(|v| v.kernels.len()).sum();
         let cpu = std::thread::available_parallelism().map_or(0, |n| n.get());
@@ -33,8 +37,9 @@ impl Doctor {
                     "kernels": variants,
                     "emulator": build_kind(),
                     "emulated_sm_count": emulated.sm_count,
+                    "cuda": gpu.as_ref().ok(),
+                    "cuda_unusable": usable.as_ref().err().map(ToString::to_string),
                     "primitives_verified_on": conformance::VERIFIED_ON,
-                    "nvidia_driver": driver,
                     "cpu_threads": cpu,
                     "demo_model": cfg!(feature = "demo-model"),
                 })
@@ -60,8 +65,20 @@ impl Doctor {
             [] => println!("primitives: {primitives}, none compared with a GPU yet (kernels conformance)"),
             gpus => println!("primitives: {primitives}, compared with {}", gpus.join(", ")),
         }
-        println!("NVIDIA driver: {}", if driver { "loaded" } else { "not loaded" });
-        println!("CUDA device: not driven by this version; every command uses the emulated device");
+        if let Ok(facts) = &gpu {
+            let ((major, minor), (cc, cc_minor)) = (facts.driver_cuda, facts.capability);
+            println!("NVIDIA driver: for CUDA {major}.{minor}, shows {} device(s)", facts.devices);
+            println!(
+                "GPU 0: {}, compute capability {cc}.{cc_minor}, {} SMs, {:.1} GB",
+                facts.name,
+                facts.sm_count,
+                facts.memory_bytes as f64 / 1e9
+            );
+        }
+        match &usable {
+            Ok(()) => println!("CUDA device: can be opened; driving one has only been tested against a stub"),
+            Err(error) => println!("{error}; commands use the emulated device"),
+        }
         println!("demo model: {}", if cfg!(feature = "demo-model") { "embedded" } else { "not embedded" });
         Ok(ExitCode::SUCCESS)
     }

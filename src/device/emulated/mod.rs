@@ -5,14 +5,17 @@
 //! Like a CUDA context, a device stays in error once a launch has failed, until [`EmulatedDevice::reset`].
 
 mod audit;
+mod faults;
 mod ffi;
 mod stream;
 
 pub use audit::{BufferTraffic, LaunchAudit, Undeclared};
+pub use faults::Fault;
 
 use super::{Buffer, Device, DeviceInfo, DevicePtr, Span, Stream};
 use crate::error::{Error, Result};
 use audit::Names;
+use faults::Faults;
 use std::alloc::Layout;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
@@ -81,6 +84,8 @@ pub struct EmulatedOptions {
     pub strict: bool,
     /// SMs that the device reports, and that bound cooperative launches.
     pub sm_count: u32,
+    /// What fails on purpose, once; see [`EmulatedDevice::set_fault`]. For tests.
+    pub fault: Option<Fault>,
 }
 
 impl Default for EmulatedOptions {
@@ -95,6 +100,7 @@ impl Default for EmulatedOptions {
             poison: true,
             strict: true,
             sm_count: 4,
+            fault: None,
         }
     }
 }
@@ -103,6 +109,11 @@ impl Default for EmulatedOptions {
 /// by `WARPSTEP_EMULATOR`.
 pub fn build_kind() -> &'static str {
     ffi::build_kind()
+}
+
+/// Bytes of the parameter struct of the kernel `symbol`; `None` if no such kernel was compiled in.
+pub fn kernel_params_bytes(symbol: &str) -> Option<usize> {
+    ffi::find(symbol).map(|kernel| kernel.params_bytes)
 }
 
 /// The emulated device. Clones share everything.
@@ -118,6 +129,7 @@ struct Shared {
     /// The report of the first failed launch.
     error: Mutex<Option<String>>,
     audits: Mutex<Vec<LaunchAudit>>,
+    faults: Mutex<Faults>,
 }
 
 /// A poisoned lock means that a thread panicked while holding it; what these locks guard is valid at any time.
@@ -139,11 +151,13 @@ impl EmulatedDevice {
                 options.sm_count, options.workers
             )));
         }
+        let faults = Faults::armed(options.fault);
         let shared = Shared {
             options,
             names: Mutex::new(Names::default()),
             error: Mutex::new(None),
             audits: Mutex::new(Vec::new()),
+            faults: Mutex::new(faults),
         };
         Ok(EmulatedDevice { shared: Arc::new(shared) })
     }
@@ -156,6 +170,33 @@ impl EmulatedDevice {
     /// Leaves the error state that a failed launch put the device in.
     pub fn reset(&self) {
         *lock(&self.shared.error) = None;
+    }
+
+    /// Makes one request to the device fail, counted from now; `None` takes that back. A failed call changes nothing
+    /// and leaves the device usable. For tests.
+    pub fn set_fault(&self, fault: Option<Fault>) {
+        lock(&self.shared.faults).arm(fault);
+    }
+
+    /// Device calls since the last [`set_fault`](Self::set_fault), and allocations.
+    pub fn requests(&self) -> (u64, u64) {
+        lock(&self.shared.faults).requests()
+    }
+
+    /// Makes every allocation that would take [`live_bytes`](Self::live_bytes) above `bytes` an internal error: a
+    /// memory plan was not kept. For tests.
+    pub fn set_planned_bytes(&self, bytes: Option<u64>) {
+        lock(&self.shared.faults).planned_bytes = bytes;
+    }
+
+    /// Bytes in buffers that are alive now.
+    pub fn live_bytes(&self) -> u64 {
+        lock(&self.shared.faults).live_bytes
+    }
+
+    /// The most that [`live_bytes`](Self::live_bytes) has been.
+    pub fn peak_bytes(&self) -> u64 {
+        lock(&self.shared.faults).peak_bytes
     }
 
     /// The traffic of every launch since the last call, in order. Empty except in the `count` build.
@@ -172,6 +213,12 @@ impl Shared {
             None => Ok(()),
         }
     }
+
+    /// The same at the beginning of every call but an allocation, which may be one that is to fail.
+    fn begin(&self, call: &str) -> Result<()> {
+        self.check()?;
+        lock(&self.faults).call(call)
+    }
 }
 
 impl Device for EmulatedDevice {
@@ -186,6 +233,7 @@ impl Device for EmulatedDevice {
 
     fn alloc(&self, bytes: usize, label: &str) -> Result<Buffer> {
         self.shared.check()?;
+        lock(&self.shared.faults).allocation(bytes, label)?;
         let memory = Memory::new(bytes, label, self.shared.clone())?;
         let ptr = memory.ptr;
         lock(&self.shared.names).add_allocation(Span { ptr, bytes }, label);
@@ -197,7 +245,7 @@ impl Device for EmulatedDevice {
     }
 
     fn stream(&self) -> Result<Box<dyn Stream>> {
-        self.shared.check()?;
+        self.shared.begin("stream")?;
         Ok(Box::new(stream::EmulatedStream::new(self.shared.clone())))
     }
 }
@@ -205,6 +253,7 @@ impl Device for EmulatedDevice {
 /// One allocation. Its own block of the host's heap, so that AddressSanitizer guards both ends.
 struct Memory {
     ptr: DevicePtr,
+    bytes: usize,
     layout: Layout,
     shared: Arc<Shared>,
 }
@@ -224,15 +273,21 @@ impl Memory {
         }
         // SAFETY: `start` was just allocated with this size.
         unsafe { start.write_bytes(POISON, layout.size()) };
-        Ok(Memory { ptr: DevicePtr(start.expose_provenance() as u64), layout, shared })
+        lock(&shared.faults).allocated(bytes);
+        Ok(Memory { ptr: DevicePtr(start.expose_provenance() as u64), bytes, layout, shared })
     }
 }
 
 impl Drop for Memory {
     fn drop(&mut self) {
         lock(&self.shared.names).remove_allocation(self.ptr);
-        // SAFETY: allocated with this layout in `new`, and freed only here.
-        unsafe { std::alloc::dealloc(host_pointer(self.ptr), self.layout) };
+        lock(&self.shared.faults).freed(self.bytes);
+        let start = host_pointer(self.ptr);
+        // What one request leaves behind must be of no use to the next.
+        // SAFETY: allocated with this layout in `new`, and freed only below.
+        unsafe { start.write_bytes(POISON, self.layout.size()) };
+        // SAFETY: as above.
+        unsafe { std::alloc::dealloc(start, self.layout) };
     }
 }
 

@@ -112,7 +112,7 @@ impl EmulatedStream {
 
     /// Where `bytes` bytes of device memory lie on the host; an error unless one allocation holds them all.
     fn resolve(&self, ptr: DevicePtr, bytes: usize, what: &str) -> Result<*mut u8> {
-        self.shared.check()?;
+        self.shared.begin(what)?;
         if !lock(&self.shared.names).holds(Span { ptr, bytes }) {
             return Err(Error::Device(format!(
                 "{what} of {bytes} bytes at {:#x}: not inside one allocation",
@@ -146,12 +146,13 @@ impl Stream for EmulatedStream {
     }
 
     fn launch(&mut self, node: &Node) -> Result<()> {
+        self.shared.begin("launch")?;
         let kernel = self.kernel(node)?;
         self.run(node, kernel, &[])
     }
 
     fn instantiate(&mut self, list: Arc<NodeList>) -> Result<Box<dyn Executable>> {
-        self.shared.check()?;
+        self.shared.begin("instantiate")?;
         let nodes = list.nodes();
         let kernels = nodes.iter().map(|node| self.kernel(node)).collect::<Result<_>>()?;
         let foreign = nodes
@@ -170,6 +171,7 @@ impl Stream for EmulatedStream {
         let Some(Replayable { list, kernels, foreign }) = executable.as_any().downcast_ref() else {
             return Err(Error::Device("replay of an executable that another device made".into()));
         };
+        self.shared.begin("replay")?;
         let order = match self.shared.options.replay_order {
             ReplayOrder::Recorded => (0..list.len()).collect(),
             ReplayOrder::Legal(seed) => list.legal_order(seed.wrapping_add(self.replays)),
@@ -182,12 +184,12 @@ impl Stream for EmulatedStream {
     }
 
     fn record(&mut self) -> Result<Box<dyn Event>> {
-        self.shared.check()?;
+        self.shared.begin("record")?;
         Ok(Box::new(Passed))
     }
 
     fn synchronize(&mut self) -> Result<()> {
-        self.shared.check()
+        self.shared.begin("synchronize")
     }
 }
 

@@ -1,0 +1,173 @@
+//! Node lists as CUDA graphs: one kernel node per node, with exactly the list's edges.
+//!
+//! An edge into a dependent node is programmatic: the later kernel may start once every block of the earlier one
+//! has triggered or ended, and `griddep_wait` in it waits for the end and for the memory. Edges that the list left
+//! out because others imply them stay implied: a kernel ends only after its own wait, so that what waits for it
+//! waits for its predecessors too. All other edges are full ones.
+
+use super::shared::{Shared, lock};
+use super::sys::{
+    Context, EdgeData, Graph, GraphExec, GraphNode, INSTANTIATE_UPLOAD, InstantiateParams, KernelNodeParams,
+    LAUNCH_CLUSTER_DIMENSION, LAUNCH_COOPERATIVE, LAUNCH_PROGRAMMATIC_SERIALIZATION, LaunchAttribute,
+    StreamHandle,
+};
+use crate::device::{Executable, Geometry, Node, NodeList};
+use crate::error::{Error, Result};
+use std::any::Any;
+use std::sync::Arc;
+
+/// Launch attributes of `geometry` and their number; `dependent` is only for launches into streams, where it stands
+/// for what an edge says in a graph.
+pub(super) fn attributes(geometry: &Geometry, dependent: bool) -> ([LaunchAttribute; 3], u32) {
+    let mut list = [LaunchAttribute::default(); 3];
+    let wanted = [
+        (geometry.cluster != [1, 1, 1], LAUNCH_CLUSTER_DIMENSION, geometry.cluster),
+        (geometry.cooperative, LAUNCH_COOPERATIVE, [1, 0, 0]),
+        (dependent, LAUNCH_PROGRAMMATIC_SERIALIZATION, [1, 0, 0]),
+    ];
+    let chosen = wanted.into_iter().filter(|(wanted, ..)| *wanted);
+    let mut count = 0;
+    for (attribute, (_, id, value)) in list.iter_mut().zip(chosen) {
+        attribute.id = id;
+        attribute.value.0[..3].copy_from_slice(&value);
+        count += 1;
+    }
+    (list, count)
+}
+
+/// An executable graph, bound to the stream that made it.
+pub(super) struct CudaExecutable {
+    /// None for an empty list, of which the driver would make a graph that does nothing.
+    handle: Option<GraphExec>,
+    stream: StreamHandle,
+    shared: Arc<Shared>,
+}
+
+/// A graph under construction; destroyed when the executable has been made of it, or could not be.
+struct Template<'a> {
+    graph: Graph,
+    shared: &'a Shared,
+}
+
+impl Drop for Template<'_> {
+    fn drop(&mut self) {
+        // SAFETY: made in `CudaExecutable::new` and destroyed once; an executable graph does not refer to it.
+        let _ = unsafe { self.shared.driver.cuGraphDestroy(self.graph) };
+    }
+}
+
+impl CudaExecutable {
+    /// Builds, instantiates and uploads the graph. The context must be current.
+    pub fn new(shared: Arc<Shared>, stream: StreamHandle, list: &NodeList) -> Result<CudaExecutable> {
+        if list.is_empty() {
+            return Ok(CudaExecutable { handle: None, stream, shared });
+        }
+        let driver = &shared.driver;
+        let mut graph = Graph::NULL;
+        // SAFETY: a place for the answer.
+        shared.check(unsafe { driver.cuGraphCreate(&mut graph, 0) })?;
+        let template = Template { graph, shared: &shared };
+        let mut made: Vec<GraphNode> = Vec::with_capacity(list.len());
+        for (index, node) in list.nodes().iter().enumerate() {
+            let before = list.deps(index).iter().map(|&dep| {
+                made.get(dep)
+                    .copied()
+                    .ok_or_else(|| Error::Internal(format!("{node:?} depends on a later node")))
+            });
+            let before = before.collect::<Result<Vec<_>>>()?;
+            made.push(template.add(node, &before)?);
+        }
+        let mut params = InstantiateParams {
+            flags: INSTANTIATE_UPLOAD,
+            upload_stream: stream,
+            error_node: GraphNode::NULL,
+            result: 0,
+        };
+        let mut handle = GraphExec::NULL;
+        // SAFETY: a graph of this context, and places for the answers.
+        let status = unsafe { driver.cuGraphInstantiateWithParams(&mut handle, graph, &mut params) };
+        let culprit = made.iter().position(|&node| node == params.error_node);
+        let culprit = culprit.and_then(|index| list.nodes().get(index));
+        let name = culprit.map_or_else(|| "a graph".into(), |node| format!("{node:?}"));
+        shared.check_launch(status, &name)?;
+        drop(template);
+        Ok(CudaExecutable { handle: Some(handle), stream, shared })
+    }
+
+    pub fn handle(&self) -> Option<GraphExec> {
+        self.handle
+    }
+
+    pub fn stream(&self) -> StreamHandle {
+        self.stream
+    }
+
+    pub fn shared(&self) -> &Arc<Shared> {
+        &self.shared
+    }
+}
+
+impl Template<'_> {
+    /// Adds `node` after the nodes `before`.
+    fn add(&self, node: &Node, before: &[GraphNode]) -> Result<GraphNode> {
+        let shared = self.shared;
+        let geometry = &node.geometry;
+        let function = lock(&shared.modules).function(shared, node)?;
+        let mut arguments = [node.params.as_slice().as_ptr().cast_mut().cast()];
+        let mut params = KernelNodeParams {
+            kind: 0,
+            reserved0: [0; 3],
+            function,
+            grid: geometry.grid,
+            block: geometry.block,
+            shared_bytes: geometry.shared_bytes,
+            arguments: arguments.as_mut_ptr(),
+            extra: std::ptr::null_mut(),
+            kernel: std::ptr::null_mut(),
+            context: Context::NULL,
+            rest: [0; 20],
+            reserved2: 0,
+        };
+        let dependent = geometry.dependent && shared.options.dependent_launch;
+        let edge = if dependent { EdgeData::PROGRAMMATIC } else { EdgeData::FULL };
+        let edges = vec![edge; before.len()];
+        let mut handle = GraphNode::NULL;
+        // SAFETY: `function` takes one struct of exactly these bytes, which the driver copies before it returns;
+        // `before` are nodes of this graph, with as many edges.
+        let status = unsafe {
+            shared.driver.cuGraphAddNode_v2(
+                &mut handle,
+                self.graph,
+                before.as_ptr(),
+                edges.as_ptr(),
+                before.len(),
+                &mut params,
+            )
+        };
+        shared.check_launch(status, node.kernel.symbol)?;
+        let (list, count) = attributes(geometry, false);
+        for attribute in list.iter().take(count as usize) {
+            // SAFETY: a kernel node of this graph; the value is as long as the header's union.
+            let status = unsafe {
+                shared.driver.cuGraphKernelNodeSetAttribute(handle, attribute.id, &attribute.value)
+            };
+            shared.check_launch(status, node.kernel.symbol)?;
+        }
+        Ok(handle)
+    }
+}
+
+impl Executable for CudaExecutable {
+    fn as_any(&self) -> &dyn Any {
+        self
+    }
+}
+
+impl Drop for CudaExecutable {
+    fn drop(&mut self) {
+        let Some(handle) = self.handle else { return };
+        let _entered = self.shared.enter_anyway();
+        // SAFETY: made in `new` and destroyed once; the driver lets a running replay end first.
+        let _ = unsafe { self.shared.driver.cuGraphExecDestroy(handle) };
+    }
+}

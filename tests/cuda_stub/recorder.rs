@@ -1,0 +1,112 @@
+//! A device around a device that notes what the executor asks for.
+
+use std::any::Any;
+use std::sync::{Arc, Mutex};
+use warpstep::Result;
+use warpstep::device::{
+    Buffer, Device, DeviceInfo, DevicePtr, Event, Executable, Node, NodeList, Span, Stream,
+};
+
+#[derive(Default)]
+pub struct Record {
+    /// Every allocation, in order.
+    pub allocations: Vec<Span>,
+    /// Launches, new executables and their replays, in order.
+    pub work: Vec<Work>,
+    executables: usize,
+}
+
+pub enum Work {
+    Launch(Box<Node>),
+    Instantiate(Arc<NodeList>),
+    /// Of the executable of this number.
+    Replay(usize),
+}
+
+pub struct Recorder {
+    inner: Arc<dyn Device>,
+    pub record: Arc<Mutex<Record>>,
+}
+
+struct RecordingStream {
+    inner: Box<dyn Stream>,
+    record: Arc<Mutex<Record>>,
+}
+
+struct Numbered {
+    inner: Box<dyn Executable>,
+    number: usize,
+}
+
+impl Recorder {
+    pub fn new(inner: Arc<dyn Device>) -> Recorder {
+        Recorder { inner, record: Arc::default() }
+    }
+}
+
+impl Device for Recorder {
+    fn info(&self) -> DeviceInfo {
+        self.inner.info()
+    }
+
+    fn alloc(&self, bytes: usize, label: &str) -> Result<Buffer> {
+        let buffer = self.inner.alloc(bytes, label)?;
+        self.record.lock().unwrap().allocations.push(buffer.span());
+        Ok(buffer)
+    }
+
+    fn name_span(&self, span: Span, label: &str) {
+        self.inner.name_span(span, label);
+    }
+
+    fn stream(&self) -> Result<Box<dyn Stream>> {
+        Ok(Box::new(RecordingStream { inner: self.inner.stream()?, record: self.record.clone() }))
+    }
+}
+
+impl Executable for Numbered {
+    fn as_any(&self) -> &dyn Any {
+        self
+    }
+}
+
+impl Stream for RecordingStream {
+    fn upload(&mut self, dst: DevicePtr, bytes: &[u8]) -> Result<()> {
+        self.inner.upload(dst, bytes)
+    }
+
+    fn download(&mut self, src: DevicePtr, bytes: &mut [u8]) -> Result<()> {
+        self.inner.download(src, bytes)
+    }
+
+    fn fill(&mut self, span: Span, byte: u8) -> Result<()> {
+        self.inner.fill(span, byte)
+    }
+
+    fn launch(&mut self, node: &Node) -> Result<()> {
+        self.record.lock().unwrap().work.push(Work::Launch(Box::new(node.clone())));
+        self.inner.launch(node)
+    }
+
+    fn instantiate(&mut self, list: Arc<NodeList>) -> Result<Box<dyn Executable>> {
+        let inner = self.inner.instantiate(list.clone())?;
+        let mut record = self.record.lock().unwrap();
+        record.work.push(Work::Instantiate(list));
+        record.executables += 1;
+        Ok(Box::new(Numbered { inner, number: record.executables - 1 }))
+    }
+
+    fn replay(&mut self, executable: &dyn Executable) -> Result<()> {
+        let Numbered { inner, number } = executable.as_any().downcast_ref().unwrap();
+        self.record.lock().unwrap().work.push(Work::Replay(*number));
+        self.inner.replay(inner.as_ref())
+    }
+
+    fn record(&mut self) -> Result<Box<dyn Event>> {
+        self.inner.record()
+    }
+
+    fn synchronize(&mut self) -> Result<()> {
+        self.inner.synchronize()
+    }
+}

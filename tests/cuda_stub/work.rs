@@ -1,0 +1,168 @@
+//! A little work that uses every function of the driver.
+
+use crate::stub::Stub;
+use std::sync::{Arc, LazyLock};
+use warpstep::device::cuda::{CudaDevice, CudaOptions};
+use warpstep::device::{Buffer, Device, Geometry, KernelId, Node, NodeList, ParamBytes};
+use warpstep::{Error, Result};
+
+const ADD_ONE: KernelId = KernelId { module: "bugs", symbol: "emu_add_one" };
+
+/// More than the ring holds, so that a slot is used again.
+static BYTES: LazyLock<Vec<u8>> = LazyLock::new(|| (0..25 << 20).map(|i| (i % 251) as u8).collect());
+
+/// A node from one buffer to another.
+pub fn node(label: &str, geometry: Geometry, from: &Buffer, to: &Buffer) -> Node {
+    let params = ParamBytes::of(&[from.ptr().0, to.ptr().0, 0, 0, 0]);
+    let (reads, writes) = (vec![from.span()], vec![to.span()]);
+    Node { label: label.into(), kernel: ADD_ONE, geometry, params, reads, writes }
+}
+
+/// Copies, fills, launches, a graph and events on `device`, and whether the bytes are the right ones.
+pub fn work(device: &CudaDevice) -> Result<()> {
+    let mut stream = device.stream()?;
+    let bytes = LazyLock::force(&BYTES);
+    let a = device.alloc(bytes.len(), "a")?;
+    let b = device.alloc(1024, "b")?;
+    stream.upload(a.ptr(), bytes)?;
+    stream.fill(b.span(), 7)?;
+    let wide = Geometry {
+        grid: [16, 1, 1],
+        cluster: [16, 1, 1],
+        cooperative: true,
+        dependent: true,
+        ..Geometry::linear(1, 32).with_shared(64 << 10)
+    };
+    stream.launch(&node("wide", wide, &a, &b))?;
+    let mut list = NodeList::new();
+    list.push(node("first", Geometry::linear(4, 32), &a, &b));
+    list.push(node("second", Geometry { dependent: true, ..Geometry::linear(4, 32) }, &b, &a));
+    list.push(node("third", wide, &a, &b));
+    let executable = stream.instantiate(Arc::new(list))?;
+    stream.replay(executable.as_ref())?;
+    stream.replay(executable.as_ref())?;
+    let event = stream.record()?;
+    let mut polls = 0;
+    while !event.is_done()? && polls < 100 {
+        polls += 1;
+    }
+    event.wait()?;
+    stream.synchronize()?;
+    let mut back = vec![0; bytes.len()];
+    stream.download(a.ptr(), &mut back)?;
+    let mut filled = [0; 1024];
+    stream.download(b.ptr(), &mut filled)?;
+    let right = back == *bytes && filled == [7; 1024] && (1..100).contains(&polls);
+    if right { Ok(()) } else { Err(Error::Internal(format!("wrong bytes, or {polls} polls"))) }
+}
+
+#[test]
+fn everything_is_freed() {
+    let stub = Stub::new();
+    let device = stub.open().unwrap();
+    work(&device).unwrap();
+    assert_eq!(device.live_bytes(), 0);
+    let buffer = device.alloc(1000, "outlives the device").unwrap();
+    assert_eq!(device.live_bytes(), 1000);
+    drop(device);
+    assert!(stub.live().contains("context: 1") && stub.live().contains("memory of 1000 bytes"));
+    drop(buffer);
+    assert_eq!(stub.live(), "");
+    stub.take_log();
+}
+
+#[test]
+fn attributes_are_given_to_launches_and_nodes() {
+    let stub = Stub::new();
+    work(&stub.open().unwrap()).unwrap();
+    let log = stub.take_log();
+    let lines = |call: &str| log.iter().filter(|line| line.starts_with(call)).cloned().collect::<Vec<_>>();
+    let launch = &lines("cuLaunchKernelEx")[0];
+    assert!(
+        launch.contains("shared=65536 attribute=4:16,1,1 attribute=2:1,0,0 attribute=6:1,0,0"),
+        "{launch}"
+    );
+    let consent: Vec<String> = lines("cuFuncSetAttribute");
+    assert_eq!(consent.len(), 2, "shared memory and cluster, asked for once: {consent:?}");
+    assert!(consent[0].ends_with("attribute=8:65536") && consent[1].ends_with("attribute=14:1"));
+    let nodes = lines("cuGraphAddNode_v2");
+    let edges: Vec<_> = nodes.iter().map(|line| crate::stub::field(line, "edges").unwrap()).collect();
+    assert_eq!(edges, ["", "0p", "1p"]);
+    let attributes = lines("cuGraphKernelNodeSetAttribute");
+    assert_eq!(attributes.len(), 2);
+    assert!(attributes[0].ends_with("index=2 attribute=4:16,1,1"), "{attributes:?}");
+    assert!(attributes[1].ends_with("index=2 attribute=2:1,0,0"), "{attributes:?}");
+}
+
+#[test]
+fn poisoned_memory_is_nan_and_empty_requests_are_nothing() {
+    let stub = Stub::new();
+    let options = CudaOptions { poison: true, ..stub.options() };
+    let device = CudaDevice::open(options).unwrap();
+    let buffer = device.alloc(100, "b").unwrap();
+    let mut stream = device.stream().unwrap();
+    let mut bytes = [0; 100];
+    stream.download(buffer.ptr(), &mut bytes).unwrap();
+    assert_eq!(bytes, [0xff; 100]);
+    let empty = device.alloc(0, "empty").unwrap();
+    stream.upload(empty.ptr(), &[]).unwrap();
+    stream.fill(empty.span(), 1).unwrap();
+    stream.download(empty.ptr(), &mut []).unwrap();
+    let nothing = stream.instantiate(Arc::new(NodeList::new())).unwrap();
+    stream.replay(nothing.as_ref()).unwrap();
+    stub.take_log();
+}
+
+#[test]
+fn executables_belong_to_their_stream() {
+    let stub = Stub::new();
+    let device = stub.open().unwrap();
+    let a = device.alloc(1024, "a").unwrap();
+    let (mut one, mut other) = (device.stream().unwrap(), device.stream().unwrap());
+    let mut list = NodeList::new();
+    list.push(node("n", Geometry::linear(1, 32), &a, &a));
+    let executable = one.instantiate(Arc::new(list)).unwrap();
+    one.replay(executable.as_ref()).unwrap();
+    assert!(matches!(other.replay(executable.as_ref()), Err(Error::Device(_))));
+    // Dropped in any order.
+    drop(device);
+    drop(one);
+    drop(a);
+    drop(executable);
+    drop(other);
+    assert_eq!(stub.live(), "");
+    stub.take_log();
+}
+
+#[test]
+fn threads_share_a_device() {
+    let stub = Stub::new();
+    let device = stub.open().unwrap();
+    std::thread::scope(|scope| {
+        let workers: Vec<_> = (0..3).map(|_| scope.spawn(|| work(&device))).collect();
+        workers.into_iter().for_each(|worker| worker.join().unwrap().unwrap());
+    });
+    drop(device);
+    assert_eq!(stub.live(), "");
+    stub.take_log();
+}
+
+#[test]
+fn wrong_kernels_are_named() {
+    let stub = Stub::new();
+    let device = stub.open().unwrap();
+    let a = device.alloc(1024, "a").unwrap();
+    let mut stream = device.stream().unwrap();
+    let good = node("n", Geometry::linear(1, 32), &a, &a);
+    let mut wrong = good.clone();
+    wrong.params = ParamBytes::of(&[0u64; 3]);
+    let error = stream.launch(&wrong).unwrap_err().to_string();
+    assert!(error.contains("parameter struct of 24 bytes, the kernel takes 40"), "{error}");
+    wrong.kernel = KernelId { module: "bugs", symbol: "nowhere" };
+    let error = stream.launch(&wrong).unwrap_err().to_string();
+    assert!(error.contains("launch of nowhere failed: cuModuleGetFunction: CUDA error 500"), "{error}");
+    wrong.kernel = KernelId { module: "nothing", symbol: "nowhere" };
+    let error = stream.launch(&wrong).unwrap_err().to_string();
+    assert!(error.contains("nothing.cubin"), "{error}");
+    stream.launch(&good).unwrap();
+}
