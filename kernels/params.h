@@ -26,12 +26,14 @@ typedef struct {
   uint32_t pad[30];
 } GenerationState;
 
-/* x[m, :] = table[ids[m], :] */
+/* x[m, :] = table[ids[m], :], or source[source_row[m], :] where the row is an image token's */
 typedef struct {
-  uint64_t ids;   /* [M] uint32, each below vocab */
-  uint64_t table; /* [V, D] E */
-  uint64_t x;     /* [M, D] float, written */
-  uint32_t rows, hidden, vocab, pad;
+  uint64_t ids;        /* [M] uint32, each below vocab */
+  uint64_t table;      /* [V, D] E */
+  uint64_t source;     /* [source_rows, D] float, optional: projected image tokens */
+  uint64_t source_row; /* [M] uint32, with source: below source_rows, or 0xffffffff for a row of the table */
+  uint64_t x;          /* [M, D] float, written */
+  uint32_t rows, hidden, vocab, source_rows;
 } EmbedParams;
 
 /* y[s, :] = x[index[s], :] */
@@ -203,6 +205,20 @@ typedef struct {
   uint32_t pad;
 } UnpatchifyParams;
 
+/* tokens = E((sample - shift) * scale), as unpatchify folds them; sample = mean + exp(clamp(log_variance) / 2) * draw */
+typedef struct {
+  uint64_t moments; /* [h, w, 2C] E: means, then log variances */
+  uint64_t draw;    /* [h, w, C] float, optional: the sample is the mean */
+  uint64_t tokens;  /* [T, K] E, written */
+  uint64_t mean;    /* [h, w, C] E, optional, written: after the norm */
+  uint64_t deviation; /* [h, w, C] E, optional, written: 0 without draw */
+  uint64_t sample;  /* [h, w, C] E, optional, written */
+  uint32_t height, width, channels, patch; /* height, width of the latent */
+  uint32_t psz;     /* each psz x psz patch of the mean is normalised over pixels and channels; 0: no norm */
+  float scale, shift;
+  uint32_t pad;
+} EncodeLatentParams;
+
 /* stats[b, g, :] = mean and 1 / sqrt(var + eps) over the pixels and channels of group g */
 typedef struct {
   uint64_t x;     /* [B, P, C] E */
@@ -212,9 +228,9 @@ typedef struct {
   uint32_t pad;
 } GroupStatsParams;
 
-/* y = w * norm(x) + bias (+ residual): 3x3 with zero padding 1, or 1x1; channels last */
+/* y = w * norm(x) + bias (+ residual): 3x3 with zero padding, or 1x1; channels last */
 typedef struct {
-  uint64_t x;        /* [B, h_in, w_in, C_in] E; h_in = height / 2 with upsample, else height */
+  uint64_t x;        /* [B, h_in, w_in, C_in] E; h_in = height / 2 with upsample, else height * stride */
   uint64_t stats;    /* [B, groups, 2] float, optional: x is normalised on load */
   uint64_t gamma;    /* [C_in] E, with stats */
   uint64_t beta;     /* [C_in] E, with stats */
@@ -226,7 +242,7 @@ typedef struct {
   uint32_t ksize;    /* 1 or 3 */
   uint32_t upsample; /* 0 or 1: x is enlarged by two, nearest, before the convolution */
   uint32_t silu;     /* 0 or 1: swish after the normalisation; with stats */
-  uint32_t pad;
+  uint32_t stride;   /* 1: zeros on all sides of x; 2, only 3x3: zeros to the right and below */
 } Conv2dParams;
 
 /* One head over all pixels: out[b, p, :] = softmax(scale * q[b, p, :] . k[b, :, :]) v[b, :, :] */

@@ -2,15 +2,18 @@
 
 use crate::device::{Device, DeviceInfo};
 use crate::error::{Error, Result};
+use crate::image::RgbImage;
 use crate::model::backbone::rope_frequencies;
 use crate::model::config::{ModelConfig, VaeConfig, check_vae_match, resolve_vae_dir};
 use crate::model::flow_head::DrawSource;
 use crate::model::nextstep::NextStep;
 use crate::model::plan::{self, Draws, RunSpec};
-use crate::ops::{DType, Selection};
-use crate::prompt::{Prompt, build_rows};
+use crate::model::sources::Sources;
+use crate::model::vae::VaeEncoder;
+use crate::ops::{self, DType, Selection};
+use crate::prompt::{Prompt, build_rows, with_marks};
 use crate::request::{Defaults, GenerateRequest, Limits, RequestFields};
-use crate::rng::DrawPlan;
+use crate::rng::{DrawPlan, H100_MAX_THREADS, PosteriorDraw};
 use crate::sampler::sinusoids;
 use crate::session::Session;
 use crate::tokenizer::{ModelTokenIds, Tokenizer};
@@ -210,6 +213,36 @@ impl Engine {
         Session::new(self.clone())
     }
 
+    /// Refuses pictures that this model's VAE cannot encode.
+    pub(crate) fn check_pictures(&self, pictures: &[RgbImage]) -> Result<()> {
+        if pictures.is_empty() {
+            return Ok(());
+        }
+        let Some(encoder) = &self.model.encoder else {
+            return Err(Error::request("images", "this model's VAE has no encoder, so it reads none"));
+        };
+        // A patch of the norm and a token's patch need not divide one another.
+        for unit in [self.model.down_factor() as u32, encoder.size_unit() as u32] {
+            let fits = |p: &RgbImage| p.width().is_multiple_of(unit) && p.height().is_multiple_of(unit);
+            if let Some(picture) = pictures.iter().find(|p| !fits(p)) {
+                let (width, height) = (picture.width(), picture.height());
+                let reason = format!("one is {width}x{height} pixels; both sides must divide by {unit}");
+                return Err(Error::request("images", reason));
+            }
+        }
+        Ok(())
+    }
+
+    /// The draws of all places, in the VAE's element type; none where it takes the posterior's mean.
+    fn posterior_draws(&self, draws: &DrawPlan, values: usize) -> Vec<f32> {
+        if !self.model.encoder.as_ref().is_some_and(VaeEncoder::draws) {
+            return Vec::new();
+        }
+        let mut out = vec![0.0; values];
+        draws.posterior().fill(0, &mut out);
+        ops::harness::encode(self.options.dtype, out).1
+    }
+
     /// Validates a request and does its host arithmetic.
     pub(crate) fn prepare(&self, request: &GenerateRequest) -> Result<Prepared> {
         let limits = self.limits();
@@ -219,11 +252,14 @@ impl Engine {
         let branches = sampler.branches()?;
         let target = request.grid(&limits)?;
         let grid = (target.height as usize, target.width as usize);
+        let source_grids = request.source_grids(&limits)?;
+        self.check_pictures(&request.images)?;
+        let caption = with_marks(&request.prompt, source_grids.len());
         let prompt = Prompt {
-            caption: &request.prompt,
+            caption: &caption,
             positive_prompt: request.positive_prompt.as_deref(),
             negative_prompt: request.negative_prompt.as_deref(),
-            images: &[],
+            images: &source_grids,
             target,
             branches,
         };
@@ -235,6 +271,12 @@ impl Engine {
             DType::F32 => solver.times.clone(),
             DType::Bf16 => solver.times_bf16(),
         };
+        let shown: Vec<Vec<usize>> = rows.iter().map(|row| row.images.clone()).collect();
+        // As in an official run for one image, so that no picture depends on how many are made beside it.
+        let values: usize =
+            shown.iter().flatten().map(|&i| source_grids[i].tokens() * config.token_dim()).sum();
+        let posterior =
+            (values > 0).then_some(PosteriorDraw { numel: values as u64, max_threads: H100_MAX_THREADS });
         let draws = DrawPlan::new(
             sampler.sampler,
             sampler.steps,
@@ -242,13 +284,17 @@ impl Engine {
             (request.first_image, request.n),
             config.token_dim() as u32,
             self.options.dtype == DType::Bf16,
-            None,
+            posterior,
         )?;
         let tokens = grid.0 * grid.1;
         let prompts: Vec<Vec<u32>> =
             rows.iter().flat_map(|row| std::iter::repeat_n(row.ids.clone(), images)).collect();
+        let posterior = self.posterior_draws(&draws, values);
+        let pictures = request.images.clone();
+        let sources = Sources::new(&self.model, pictures, &shown, &prompts, images, &posterior)?;
         let spec = RunSpec {
             rope_offset: vec![0; prompts.len()],
+            sources,
             prompts,
             images,
             branches: branches.count(),

@@ -91,6 +91,8 @@ pub struct Timings {
     pub tokenize_ms: f64,
     /// Memory, tables and node lists.
     pub setup_ms: f64,
+    /// Input pictures to image tokens.
+    pub vae_encode_ms: f64,
     /// Prompt tokens through the transformer.
     pub prefill_ms: f64,
     /// All image tokens.

@@ -4,6 +4,7 @@
 //!
 //! ```text
 //! request ─ prompt ─► token ids per guidance branch (ragged, no padding)
+//!         ─ VAE encoder → encode_latent → image_in_projector                            input pictures, editing
 //!         ─ prefill: embed → layers × {qkv → attention → o_proj → gate_up → down}      rows = prompt tokens
 //!    ┌──► token loop, one node list, replayed unchanged:
 //!    │      out_proj (final norm, projector) → cond_embed → flow_modulation (all evaluations at once)
@@ -16,7 +17,7 @@
 //! # Layers
 //!
 //! `bin → engine, session → model → ops → device → kernels`. A lower layer never names an upper one.
-//! [`sampler`], [`prompt`], [`rng`], [`image`] and [`weights`] are leaves: no device code in them.
+//! [`sampler`], [`prompt`], [`rng`], [`image`], [`metrics`] and [`weights`] are leaves: no device code in them.
 //! [`mod@reference`] is the slow obvious version of every op, [`verify`] compares whole stages with tensors recorded
 //! from the official code.
 //!
@@ -24,6 +25,7 @@
 //! |---|---|
 //! | [`engine`] | a loaded model on a device, validation, the plan of a request |
 //! | [`session`] | the token loop: events, cancel, checks |
+//! | [`mod@reconstruct`] | pictures through the VAE and back |
 //! | [`model`] | configs, weights on the device, the order of ops, the memory plan |
 //! | [`ops`] | one op per file: shapes, geometry, declared reads and writes; the registry and the test harness |
 //! | [`device`] | memory, node lists, replay; the emulated device, and the CUDA device (never run on a GPU yet) |
@@ -46,9 +48,11 @@ pub mod engine;
 pub mod error;
 pub mod event;
 pub mod image;
+pub mod metrics;
 pub mod model;
 pub mod ops;
 pub mod prompt;
+pub mod reconstruct;
 pub mod reference;
 pub mod request;
 pub mod rng;

@@ -7,13 +7,14 @@
 use crate::error::{Error, Result};
 use crate::sampler::Branches;
 use crate::tokenizer::Tokenizer;
+use std::borrow::Cow;
 
 /// Which of the two official pipelines is followed.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub enum Generation {
-    /// August 2025: text as it is; one picture per caption.
+    /// August 2025: text as it is.
     August,
-    /// February 2026: the tokenizer's bos text, if it has one, in front of every row; any number of pictures.
+    /// February 2026: the tokenizer's bos text, if it has one, in front of every row.
     February,
 }
 
@@ -45,6 +46,14 @@ impl Grid {
     pub fn tokens(self) -> usize {
         self.height as usize * self.width as usize
     }
+}
+
+/// The caption with a mark per picture in front, if it has none.
+pub fn with_marks(caption: &str, pictures: usize) -> Cow<'_, str> {
+    if pictures == 0 || caption.contains(IMAGE_MARK) {
+        return Cow::Borrowed(caption);
+    }
+    Cow::Owned(IMAGE_MARK.repeat(pictures) + caption)
 }
 
 /// What one row conditions on.
@@ -99,7 +108,7 @@ pub fn build_rows(
     prompt: &Prompt,
     max_positions: usize,
 ) -> Result<Vec<PromptRow>> {
-    check_text(tokenizer, generation, prompt)?;
+    check_text(tokenizer, prompt)?;
     let bos = match (generation, tokenizer.bos()) {
         (Generation::February, Some(bos)) => bos.text.as_str(),
         _ => "",
@@ -112,13 +121,15 @@ pub fn build_rows(
     };
 
     let negative = prompt.negative_prompt.unwrap_or("");
-    let all_images = (0..prompt.images.len()).collect();
-    let mut rows = vec![row(Branch::Conditional, conditional_text(prompt), all_images)?];
+    let all_images: Vec<usize> = (0..prompt.images.len()).collect();
+    let mut rows = vec![row(Branch::Conditional, conditional_text(prompt), all_images.clone())?];
     if prompt.branches == Branches::TextAndImage {
-        let Some(image) = prompt.images.first() else {
+        if prompt.images.is_empty() {
             return Err(Error::request("image_guidance_scale", "is above 1, but there is no input picture"));
-        };
-        rows.push(row(Branch::ImageOnly, image_string(*image) + negative, vec![0])?);
+        }
+        // The official row has the first picture's placeholders, yet is given every picture. For one that is this.
+        let pictures: String = prompt.images.iter().map(|&image| image_string(image)).collect();
+        rows.push(row(Branch::ImageOnly, pictures + negative, all_images.clone())?);
     }
     if prompt.branches != Branches::Conditional {
         rows.push(row(Branch::Negative, negative.to_owned(), vec![])?);
@@ -183,7 +194,7 @@ fn image_string(image: Grid) -> String {
     Tokenizer::image_string(image.height, image.width)
 }
 
-fn check_text(tokenizer: &Tokenizer, generation: Generation, prompt: &Prompt) -> Result<()> {
+fn check_text(tokenizer: &Tokenizer, prompt: &Prompt) -> Result<()> {
     let (marks, pictures) = (prompt.caption.matches(IMAGE_MARK).count(), prompt.images.len());
     if pictures == 0 && marks > 0 {
         let reason = format!("contains {IMAGE_MARK}, which stands for an input picture; there is none");
@@ -192,15 +203,6 @@ fn check_text(tokenizer: &Tokenizer, generation: Generation, prompt: &Prompt) ->
     if marks != pictures {
         let reason = format!("contains {IMAGE_MARK} {marks} times for {pictures} input pictures");
         return Err(Error::request("prompt", reason));
-    }
-    if generation == Generation::August && pictures > 1 {
-        let reason = format!("has {pictures} input pictures; samplers aug and hf11 take one");
-        return Err(Error::request("prompt", reason));
-    }
-    // The official image-only row holds the first picture's placeholders, yet is given every picture.
-    if prompt.branches == Branches::TextAndImage && pictures > 1 {
-        let reason = format!("is above 1 with {pictures} input pictures; its branch is defined for one");
-        return Err(Error::request("image_guidance_scale", reason));
     }
     for (field, text) in [
         ("prompt", Some(prompt.caption)),

@@ -11,6 +11,7 @@ pub use defaults::{Defaults, ModelKind, Preset};
 pub use fields::RequestFields;
 
 use crate::error::{Error, Result};
+use crate::image::RgbImage;
 use crate::prompt::{Grid, IMAGE_MARK};
 use crate::rng::MAX_IMAGES_PER_BATCH;
 use crate::sampler::{
@@ -41,6 +42,10 @@ pub struct GenerateRequest {
     pub first_image: u32,
     /// Seed of the noise.
     pub seed: u64,
+    /// Pictures to be edited, in the order of their `<image>` marks in the prompt; where the prompt has no mark they
+    /// stand in front of it. Each keeps its size. They are no part of what a picture remembers.
+    #[serde(skip)]
+    pub images: Vec<RgbImage>,
     /// Send a preview after every so many rows of tokens, each at the cost of a VAE decode. It changes no picture, so it
     /// is no part of what a picture remembers.
     #[serde(skip)]
@@ -73,6 +78,9 @@ pub struct SamplerConfig {
     /// Shrink the guided velocity to the conditional one's length where it is longer.
     pub rescale: bool,
 }
+
+/// Most image tokens of one input picture: 2048x2048 pixels of the released models.
+const MAX_SOURCE_TOKENS: usize = 16_384;
 
 /// What a loaded model and its host allow.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -137,9 +145,32 @@ impl SamplerConfig {
 }
 
 impl GenerateRequest {
-    /// Checks a text-to-image request against the limits.
+    /// Checks a request against the limits.
     pub fn validate(&self, limits: &Limits) -> Result<()> {
-        self.validate_with_pictures(limits, 0)
+        self.validate_with_pictures(limits, self.images.len())?;
+        self.source_grids(limits).map(drop)
+    }
+
+    /// The input pictures' sizes in tokens.
+    pub fn source_grids(&self, limits: &Limits) -> Result<Vec<Grid>> {
+        if self.images.len() > limits.max_images as usize {
+            let reason = format!("are {}; at most {} are read", self.images.len(), limits.max_images);
+            return Err(Error::request("images", reason));
+        }
+        let size = |(index, image): (usize, &RgbImage)| {
+            let (width, height) = (image.width(), image.height());
+            let refuse = |reason: String| {
+                Error::request("images", format!("number {index} is {width}x{height} pixels; {reason}"))
+            };
+            let factor = limits.down_factor;
+            let grid = Grid::from_pixels(width, height, factor)
+                .map_err(|_| refuse(format!("both sides must divide by {factor}")))?;
+            match grid.tokens() > MAX_SOURCE_TOKENS {
+                true => Err(refuse(format!("that is more than {MAX_SOURCE_TOKENS} image tokens"))),
+                false => Ok(grid),
+            }
+        };
+        self.images.iter().enumerate().map(size).collect()
     }
 
     /// Checks a request that comes with `pictures` input pictures.

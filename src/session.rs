@@ -100,6 +100,10 @@ impl Session {
         })?;
 
         let mark = Instant::now();
+        run.encode_sources()?;
+        timings.vae_encode_ms = milliseconds(mark.elapsed());
+
+        let mark = Instant::now();
         prefill(&mut run)?;
         timings.prefill_ms = milliseconds(mark.elapsed());
 

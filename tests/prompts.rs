@@ -166,16 +166,18 @@ fn image_marks_need_their_pictures() {
 }
 
 #[test]
-fn several_pictures_are_februarys() {
+fn several_pictures_keep_their_order_and_their_sizes() {
     let images = [TARGET, Grid { height: 1, width: 2 }];
     let prompt = Prompt { images: &images, ..text_to_image("<image> and <image> together") };
-    assert_eq!(refusal(build(Generation::August, &prompt)).0, "prompt");
-    let rows = build(Generation::February, &prompt).unwrap();
+    let rows = build(Generation::August, &prompt).unwrap();
+    assert_eq!(rows, build(Generation::February, &prompt).unwrap());
     assert_eq!(rows[0].images, [0, 1]);
     assert_eq!(rows[0].ids.iter().filter(|&&id| id == 503).count(), 18);
     assert_eq!(rows[1].images, [0; 0]);
     let guided = Prompt { branches: Branches::TextAndImage, ..prompt };
-    assert_eq!(refusal(build(Generation::February, &guided)).0, "image_guidance_scale");
+    let rows = build(Generation::February, &guided).unwrap();
+    assert_eq!((rows[1].branch, &rows[1].images[..]), (Branch::ImageOnly, &[0, 1][..]));
+    assert_eq!(rows[1].ids.iter().filter(|&&id| id == 503).count(), 18);
     let without = Prompt { branches: Branches::TextAndImage, ..text_to_image("a") };
     assert_eq!(refusal(build(Generation::August, &without)).0, "image_guidance_scale");
 }

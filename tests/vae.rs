@@ -1,4 +1,4 @@
-//! The VAE decoder against the recorded runs of the official code and against its reference.
+//! The VAE against the recorded runs of the official code and against its reference.
 //!
 //! `vae_psz2` is part of the repository; the other recorded cases are checked where the fixtures' folder lies
 //! beside the checkout.
@@ -10,10 +10,10 @@ use warpstep::device::emulated::{EmulatedDevice, EmulatedOptions, ReplayOrder};
 use warpstep::device::{Device, NodeList, Stream};
 use warpstep::model::config::VaeConfig;
 use warpstep::model::upload::Uploader;
-use warpstep::model::vae::{Decoded, VaeDecoder};
+use warpstep::model::vae::{Decoded, VaeDecoder, VaeEncoder};
 use warpstep::ops::harness::{Check, Rig, Scale, compare, decode, encode};
 use warpstep::ops::{self, DType, Launch, Selection};
-use warpstep::reference::vae::{Decoder, Map};
+use warpstep::reference::vae::{Map, Vae};
 use warpstep::reference::{Exact, PlainBf16, PlainF32, Precision};
 use warpstep::weights::{Checkpoint, OpenOptions, VaeWeights, convert, vae_tensors};
 use warpstep::{Result, device::Buffer};
@@ -22,7 +22,7 @@ use warpstep::{Result, device::Buffer};
 #[test]
 fn ops_agree_at_shipped_shapes() {
     let mut ran = 0;
-    for name in ["conv2d", "group_stats", "vae_attention"] {
+    for name in ["conv2d", "group_stats", "vae_attention", "encode_latent"] {
         let op = ops::find(name).unwrap();
         for case in (op.cases)().into_iter().filter(|c| c.scale == Scale::Real) {
             let device =
@@ -322,14 +322,14 @@ fn bad_arenas_and_sizes_are_errors() {
     assert!(rig.decoder.record_latent(&launch, &mut list, 1, (2, 2), arena.span(), false).is_ok());
 }
 
-/// The shipped decoder's sizes with random weights, stored as bf16.
+/// The shipped VAE's sizes with random weights, stored as bf16.
 fn full_width() -> (VaeConfig, VaeWeights) {
     let config = VaeConfig::parse(Path::new("config.json"), "{}").unwrap();
     let device: Arc<dyn Device> = Arc::new(EmulatedDevice::new(EmulatedOptions::default()).unwrap());
     let mut random = Rig::new(device, 11).unwrap();
     let tensors = vae_tensors(&config);
-    let decoder = tensors.iter().filter(|spec| spec.name.starts_with("decoder."));
-    let stored: Vec<(String, Vec<usize>, Vec<u8>)> = decoder
+    let stored: Vec<(String, Vec<usize>, Vec<u8>)> = tensors
+        .iter()
         .map(|spec| {
             let fan_in: usize = spec.shape[1..].iter().product();
             let norm = spec.name.contains("norm") && spec.name.ends_with("weight");
@@ -347,22 +347,25 @@ fn full_width() -> (VaeConfig, VaeWeights) {
     (config, weights)
 }
 
+/// A tensor as the references take it.
+fn weight(weights: &VaeWeights, name: &str) -> Result<Vec<f32>> {
+    let view = weights.get(name)?;
+    let values = convert::to_f32(&view)?;
+    match view.shape() {
+        &[o, i, kh, kw] => convert::conv_to_ohwi(&values, [o, i, kh, kw]),
+        _ => Ok(values),
+    }
+}
+
 fn reference<P: Precision>(
     config: &VaeConfig,
     weights: &VaeWeights,
     (height, width): (usize, usize),
     latent: &[f32],
 ) -> Result<Vec<f64>> {
-    let weight = |name: &str| -> Result<Vec<f32>> {
-        let view = weights.get(name)?;
-        let values = convert::to_f32(&view)?;
-        match view.shape() {
-            &[o, i, kh, kw] => convert::conv_to_ohwi(&values, [o, i, kh, kw]),
-            _ => Ok(values),
-        }
-    };
+    let weight = |name: &str| weight(weights, name);
     let latent = Map { images: 1, height, width, channels: config.z_channels, values: P::load_all(latent) };
-    let image = Decoder::<P> { config, weight: &weight, tap: &mut |_, _| {} }.decode(&latent)?;
+    let image = Vae::<P> { config, weight: &weight, tap: &mut |_, _| {} }.decode(&latent)?;
     Ok(P::widen_all(&image.values))
 }
 
@@ -404,5 +407,72 @@ fn the_decoder_agrees_with_its_reference_at_odd_sizes() {
 fn the_full_width_decoder_agrees_with_its_reference() {
     let (config, weights) = full_width();
     let check = check_against_reference(config, &weights, DType::Bf16, (8, 8));
+    assert!(check.ok, "{check:?}");
+}
+
+/// Moments of one picture of random pixels, `[h, w, 2 * z_channels]`, against the reference's.
+fn check_encoder(
+    config: VaeConfig,
+    weights: &VaeWeights,
+    dtype: DType,
+    (height, width): (usize, usize),
+) -> Check {
+    let options = EmulatedOptions { sm_count: 132, ..Default::default() };
+    let device: Arc<dyn Device> = Arc::new(EmulatedDevice::new(options).unwrap());
+    let mut stream = device.stream().unwrap();
+    let mut up = Uploader::new(device.clone(), stream.as_mut(), dtype);
+    let encoder = VaeEncoder::load(&config, weights, &mut up).unwrap().expect("an encoder");
+    let _weights = up.finish();
+    let pixels = Rig::new(device.clone(), 9).unwrap().normal(height * width * 3, 0.4);
+    let (bytes, pixels) = encode(dtype, pixels);
+    let arena = device.alloc(encoder.plan((height, width), dtype).unwrap(), "encoder").unwrap();
+    stream.fill(arena.span(), 0xff).unwrap();
+    let selection = Selection::default();
+    let launch = Launch { selection: &selection, dtype, sm_count: 132, dependent: true };
+    let mut list = NodeList::new();
+    let encoded = encoder.record(&launch, &mut list, (height, width), arena.span(), false).unwrap();
+    let short = arena.span().slice(0, arena.bytes() - 256);
+    assert!(encoder.record(&launch, &mut NodeList::new(), (height, width), short, false).is_err());
+    stream.upload(encoded.pixels.ptr, &bytes).unwrap();
+    let executable = stream.instantiate(Arc::new(list)).unwrap();
+    stream.replay(executable.as_ref()).unwrap();
+    let mut got = vec![0; encoded.moments.bytes];
+    stream.download(encoded.moments.ptr, &mut got).unwrap();
+
+    fn moments<P: Precision>(
+        config: &VaeConfig,
+        weights: &VaeWeights,
+        (height, width): (usize, usize),
+        pixels: &[f32],
+    ) -> Vec<f64> {
+        let weight = |name: &str| weight(weights, name);
+        let pixels = Map { images: 1, height, width, channels: 3, values: P::load_all(pixels) };
+        let moments = Vae::<P> { config, weight: &weight, tap: &mut |_, _| {} }.encode(&pixels).unwrap();
+        P::widen_all(&moments.values)
+    }
+    let size = (height, width);
+    let exact = moments::<Exact>(&config, weights, size, &pixels);
+    let plain = match dtype {
+        DType::F32 => moments::<PlainF32>(&config, weights, size, &pixels),
+        DType::Bf16 => moments::<PlainBf16>(&config, weights, size, &pixels),
+    };
+    compare("moments", dtype, &decode(dtype, &got), &exact, &plain)
+}
+
+#[test]
+fn the_encoder_agrees_with_its_reference_at_odd_sizes() {
+    let dir = golden().join("vae-psz2");
+    let config = VaeConfig::load(&dir).unwrap();
+    let open = || VaeWeights::new(Checkpoint::open(&dir, OpenOptions::default()).unwrap(), &config).unwrap();
+    for (size, dtype) in [((8, 8), DType::F32), ((24, 8), DType::F32), ((8, 40), DType::Bf16)] {
+        let check = check_encoder(config.clone(), &open(), dtype, size);
+        assert!(check.ok, "{size:?} {dtype:?} {check:?}");
+    }
+}
+
+#[test]
+fn the_full_width_encoder_agrees_with_its_reference() {
+    let (config, weights) = full_width();
+    let check = check_encoder(config, &weights, DType::Bf16, (64, 64));
     assert!(check.ok, "{check:?}");
 }

@@ -174,18 +174,20 @@ impl Backbone {
         self.layers.len()
     }
 
-    /// Token ids `[M]` u32 to the residual stream.
+    /// Token ids `[M]` u32, and the image tokens of `source` between them, to the residual stream.
     pub fn record_embed(
         &self,
         launch: &Launch<'_>,
         list: &mut NodeList,
         label: &str,
         ids: Span,
+        source: Option<ops::embed::Source>,
         rows: &Rows,
     ) -> Result<()> {
         let args = ops::embed::Args {
             ids,
             table: self.embed,
+            source,
             x: rows.x,
             rows: rows.rows,
             hidden: self.dims.hidden,

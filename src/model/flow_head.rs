@@ -251,6 +251,30 @@ impl FlowHead {
         ops::linear::node(launch, label, &args)
     }
 
+    /// `image_in_projector` over `rows` image tokens `[rows, K]`, to `[rows, D]` float, rounded as the model stores it.
+    pub fn record_in_projector(
+        &self,
+        launch: &Launch<'_>,
+        list: &mut NodeList,
+        tokens: Span,
+        x: Span,
+        rows: usize,
+    ) -> Result<()> {
+        let args = ops::linear::Args {
+            x: tokens,
+            w: self.next,
+            bias: Some(self.next_bias),
+            y: x,
+            rows,
+            outputs: self.dims.hidden,
+            inner: self.dims.token_dim,
+            silu: false,
+            out_f32: true,
+        };
+        list.push(ops::linear::node(launch, "prefill.image_in_projector", &args)?);
+        Ok(())
+    }
+
     /// From the condition to the finished token: embedding, modulations, draws, the chain.
     pub fn record(
         &self,

@@ -7,5 +7,6 @@ pub mod flow_head;
 pub mod nextstep;
 pub mod plan;
 pub mod run;
+pub mod sources;
 pub mod upload;
 pub mod vae;

@@ -1,10 +1,10 @@
-//! The whole model on a device: weights of the transformer, the flow head and the VAE decoder.
+//! The whole model on a device: weights of the transformer, the flow head and the VAE.
 
 use super::backbone::Backbone;
 use super::config::{ModelConfig, VaeConfig};
 use super::flow_head::FlowHead;
 use super::upload::Uploader;
-use super::vae::VaeDecoder;
+use super::vae::{VaeDecoder, VaeEncoder};
 use crate::device::{Buffer, Device, Stream};
 use crate::error::Result;
 use crate::ops::DType;
@@ -19,6 +19,8 @@ pub struct NextStep {
     pub flow: FlowHead,
     /// The VAE decoder.
     pub vae: VaeDecoder,
+    /// The VAE encoder, if the checkpoint has one.
+    pub encoder: Option<VaeEncoder>,
     /// Sizes of the transformer and the flow head.
     pub config: ModelConfig,
     /// Sizes of the VAE.
@@ -30,7 +32,7 @@ pub struct NextStep {
 }
 
 impl NextStep {
-    /// Uploads every tensor that text-to-image reads.
+    /// Uploads every tensor that text-to-image and editing read.
     pub fn load(
         device: &Arc<dyn Device>,
         stream: &mut dyn Stream,
@@ -42,12 +44,14 @@ impl NextStep {
         let backbone = Backbone::load(config, weights, &mut up)?;
         let flow = FlowHead::load(config, weights, &mut up)?;
         let vae = VaeDecoder::load(vae_config, vae_weights, config.latent_patch_size, &mut up)?;
+        let encoder = VaeEncoder::load(vae_config, vae_weights, &mut up)?;
         let (buffers, bytes) = up.finish();
         stream.synchronize()?;
         Ok(NextStep {
             backbone,
             flow,
             vae,
+            encoder,
             config: config.clone(),
             vae_config: vae_config.clone(),
             dtype,

@@ -3,6 +3,7 @@
 use super::arena::{Layout, Life, Slot, Stage};
 use super::flow_head::{DrawSource, check_sizes};
 use super::nextstep::NextStep;
+use super::sources::Sources;
 use crate::device::DeviceInfo;
 use crate::error::{Error, Result};
 use crate::ops;
@@ -29,6 +30,8 @@ pub enum Draws {
 pub struct RunSpec {
     /// Token ids of every sequence, branch-major: sequence = branch * images + image.
     pub prompts: Vec<Vec<u32>>,
+    /// Input pictures and the rows of `prompts` that show them.
+    pub sources: Sources,
     /// Images B.
     pub images: usize,
     /// Guidance branches R.
@@ -115,7 +118,17 @@ pub(super) struct Slots {
     pub(super) v_raw: Slot,
     pub(super) tokens: Slot,
     pub(super) vae: Slot,
+    pub(super) sources: Option<SourceSlots>,
     pub(super) taps: Option<TapSlots>,
+}
+
+/// What input pictures need until the prompt is through.
+pub(super) struct SourceSlots {
+    pub(super) encoder: Slot,
+    pub(super) draws: Slot,
+    pub(super) tokens: Slot,
+    pub(super) x: Slot,
+    pub(super) rows: Slot,
 }
 
 /// What only verification needs.
@@ -231,6 +244,7 @@ pub(super) fn plan_memory(model: &NextStep, info: &DeviceInfo, spec: &RunSpec) -
         v_raw: layout.add("flow.v_raw", sequences * dims.token_dim, float, decode)?,
         tokens: layout.add("tokens", images * tokens * dims.token_dim, element, Life::ALWAYS)?,
         vae: layout.add("vae", vae_bytes, 1, vae_life)?,
+        sources: plan_sources(model, spec, &mut layout)?,
         taps: match spec.taps {
             false => None,
             true => {
@@ -254,6 +268,29 @@ pub(super) fn plan_memory(model: &NextStep, info: &DeviceInfo, spec: &RunSpec) -
         },
     };
     Ok(Planned { layout, slots, capacity, splits, cache_bytes })
+}
+
+fn plan_sources(model: &NextStep, spec: &RunSpec, layout: &mut Layout) -> Result<Option<SourceSlots>> {
+    let sources = &spec.sources;
+    if sources.places.is_empty() {
+        return Ok(None);
+    }
+    let missing = || Error::request("images", "this model's VAE has no encoder, so it reads no pictures");
+    let encoder = model.encoder.as_ref().ok_or_else(missing)?;
+    let mut encoder_bytes = 0;
+    for picture in &sources.pictures {
+        let size = (picture.height() as usize, picture.width() as usize);
+        encoder_bytes = encoder_bytes.max(encoder.plan(size, model.dtype)?);
+    }
+    let (config, prefill) = (&model.config, Life::only(Stage::Prefill));
+    let (tokens, element) = (sources.tokens(), model.dtype.bytes());
+    Ok(Some(SourceSlots {
+        encoder: layout.add("sources.encoder", encoder_bytes, 1, prefill)?,
+        draws: layout.add("sources.draws", sources.draw_values(), size_of::<f32>(), prefill)?,
+        tokens: layout.add("sources.tokens", tokens * config.token_dim(), element, prefill)?,
+        x: layout.add("sources.x", tokens * config.hidden_size, size_of::<f32>(), prefill)?,
+        rows: layout.add("sources.rows", sources.rows.len(), size_of::<u32>(), prefill)?,
+    }))
 }
 
 /// Bytes that [`Run::new`](super::run::Run::new) will allocate.

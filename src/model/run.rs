@@ -3,6 +3,8 @@
 //! A [`Run`] is what sessions drive token by token and what `verify` drives stage by stage; both replay the
 //! same nodes. Everything that changes from token to token is in device memory, so no list is ever rebuilt.
 
+mod sources;
+
 use super::arena::{Arena, Slot, Stage};
 use super::backbone::{Cache, Rows, rope_table};
 use super::flow_head::{FlowBuffers, FlowTaps};
@@ -120,6 +122,7 @@ impl Run {
             }
             self.stream.upload(span.ptr, bytemuck::cast_slice(draws))?;
         }
+        self.upload_sources()?;
         self.stream.fill(self.arena.span(self.slots.arrivals), 0)?;
         let selection = self.stage_selection(Stage::Decode)?;
         let launch = self.launch(&selection);
@@ -158,6 +161,11 @@ impl Run {
     /// Element type.
     pub fn dtype(&self) -> DType {
         self.model.dtype
+    }
+
+    /// Side of the square of latent pixels that a token holds.
+    pub fn latent_patch_size(&self) -> usize {
+        self.model.config.latent_patch_size
     }
 
     /// The cache, for verification.
@@ -221,7 +229,7 @@ impl Run {
         }
     }
 
-    /// Nodes from prompt ids to the residual rows that the first image token is sampled from. Without `embed`
+    /// Nodes from prompt ids, and the tokens of encoded pictures, to the residual rows that the first image token is sampled from. Without `embed`
     /// the residual stream is taken as it stands in memory.
     pub fn record_prefill(&self, embed: bool) -> Result<NodeList> {
         let mut list = NodeList::new();
@@ -230,7 +238,8 @@ impl Run {
         let rows = self.prefill_rows();
         if embed {
             let ids = self.arena.span(self.slots.ids);
-            self.model.backbone.record_embed(&launch, &mut list, "prefill", ids, &rows)?;
+            let source = self.record_source_rows(&mut list)?;
+            self.model.backbone.record_embed(&launch, &mut list, "prefill", ids, source, &rows)?;
         }
         self.model.backbone.record_layers(&launch, &mut list, "prefill", &rows, &self.cache)?;
         let gather = ops::gather_rows::Args {

@@ -1,6 +1,6 @@
-//! The VAE decoder: device weights, and the nodes from image tokens to pixels.
+//! The VAE: device weights, and the nodes from image tokens to pixels. The way back is in `vae/encoder.rs`.
 //!
-//! The decoder is first laid out as a list of steps (`vae/steps.rs`), from the config and the picture's size
+//! Either way is first laid out as a list of steps (`vae/steps.rs`), from the config and the picture's size
 //! alone: every step with the place of its tensors in the arena. The plan is that list's size, and recording
 //! is that list with addresses and weights, so the two cannot disagree.
 //!
@@ -9,17 +9,24 @@
 //! and gaps. Several pictures are decoded together as long as that stays within [`PASS_BYTES`], then in passes
 //! over the same memory, one after another; every picture comes out the same whichever pass it is in.
 
+mod encoder;
+mod pass;
+mod scratch;
 mod steps;
+
+pub use encoder::{Encoded, LatentOutputs, VaeEncoder};
+pub use pass::Tap;
 
 use super::config::VaeConfig;
 use super::upload::Uploader;
 use crate::device::{NodeList, Span};
 use crate::error::{Error, Result};
 use crate::ops::{self, DType, Launch};
-use crate::reference::{conv2d::Shape as ConvShape, unpatchify::Shape as LatentShape};
-use crate::weights::{Part, VaeWeights, convert};
-use std::collections::HashMap;
-use steps::{Kind, Place, Scratch, Steps, Tensor, elements};
+use crate::reference::unpatchify::Shape as LatentShape;
+use crate::weights::{Part, VaeWeights};
+use pass::{PROBE, Pass, Tensors};
+use scratch::Scratch;
+use steps::{Steps, elements};
 
 /// Activations of one pass stay below this if a single picture's do.
 pub const PASS_BYTES: usize = 1 << 30;
@@ -28,8 +35,7 @@ pub const PASS_BYTES: usize = 1 << 30;
 pub struct VaeDecoder {
     config: VaeConfig,
     patch: usize,
-    /// By official name, `decoder.conv_in.weight`; convolutions as `[O, kh, kw, I]`.
-    tensors: HashMap<String, Span>,
+    tensors: Tensors,
 }
 
 /// Where the results of a recorded decoder are. All of it is in the arena, until that is used again.
@@ -47,23 +53,6 @@ pub struct Decoded {
     pub width: usize,
     /// Intermediate tensors that can be read after their node, before the next one runs.
     pub taps: Vec<Tap>,
-}
-
-/// An intermediate tensor under its official module name.
-#[derive(Clone, Debug)]
-pub struct Tap {
-    /// `decoder.up.3.block.2`.
-    pub name: String,
-    /// The node that completes it: index in the list, and label.
-    pub node: usize,
-    /// Label of that node.
-    pub label: String,
-    /// First picture of the pass that it belongs to.
-    pub first_image: usize,
-    /// `[images of the pass, height, width, channels]`.
-    pub shape: [usize; 4],
-    /// Where it is; later nodes overwrite it.
-    pub span: Span,
 }
 
 /// The arena: latent, pictures, pixels, then the scratch of a pass.
@@ -87,20 +76,8 @@ impl VaeDecoder {
         patch: usize,
         up: &mut Uploader<'_>,
     ) -> Result<VaeDecoder> {
-        let mut tensors = HashMap::new();
-        for spec in weights.specs().iter().filter(|spec| spec.part == Part::VaeDecoder) {
-            let mut values = convert::to_f32(&weights.get(&spec.name)?)?;
-            if let &[o, i, kh, kw] = spec.shape.as_slice() {
-                values = convert::conv_to_ohwi(&values, [o, i, kh, kw])?;
-            }
-            let span = up.values(&format!("vae.{}", spec.name), values)?;
-            tensors.insert(spec.name.clone(), span);
-        }
-        // The probe of norm_out is a convolution by one.
         let channels = config.block_out_channels.first().copied().unwrap_or(0);
-        let identity = (0..channels * channels).map(|i| f32::from(u8::from(i % (channels + 1) == 0)));
-        tensors.insert(PROBE_WEIGHT.into(), up.values("vae.probe.weight", identity.collect())?);
-        tensors.insert(PROBE_BIAS.into(), up.values("vae.probe.bias", vec![0.0; channels])?);
+        let tensors = Tensors::load(weights, Part::VaeDecoder, channels, up)?;
         Ok(VaeDecoder { config: config.clone(), patch, tensors })
     }
 
@@ -161,48 +138,27 @@ impl VaeDecoder {
         };
         for first in (0..images).step_by(layout.pass) {
             let count = layout.pass.min(images - first);
-            let steps = Steps::of(&self.config, count, latent, launch.dtype, probe)?;
+            let steps = Steps::decoder(&self.config, count, latent, launch.dtype, probe)?;
             let part = |span: Span| {
                 let bytes = span.bytes / images;
                 span.slice(first * bytes, count * bytes)
             };
             let pass = Pass {
-                decoder: self,
+                tensors: &self.tensors,
                 launch,
-                latent: part(decoded.latent),
-                image: part(decoded.image),
+                input: part(decoded.latent),
+                output: part(decoded.image),
                 scratch: arena.slice(layout.scratch, steps.bytes),
                 images: count,
+                first_image: first,
             };
-            for step in &steps.list {
-                let node = pass.record(list, &step.label, &step.kind)?;
-                if let (Some(name), Some(tensor)) = (&step.tap, step.kind.output()) {
-                    decoded.taps.push(Tap {
-                        name: name.clone(),
-                        node,
-                        label: step.label.clone(),
-                        first_image: first,
-                        shape: [count, tensor.height, tensor.width, tensor.channels],
-                        span: pass.span(tensor)?,
-                    });
-                }
-            }
+            decoded.taps.extend(pass.record(list, &steps)?);
         }
         let args = ops::to_rgb8::Args { x: decoded.image, rgb: decoded.rgb, elements: pixels };
         list.push(ops::to_rgb8::node(launch, "vae.to_rgb8", &args)?);
         Ok(decoded)
     }
-
-    fn tensor(&self, name: &str) -> Result<Span> {
-        let missing = || Error::Internal(format!("the VAE decoder has no tensor {name}"));
-        self.tensors.get(name).copied().ok_or_else(missing)
-    }
 }
-
-/// Names that no checkpoint has.
-const PROBE: &str = "probe";
-const PROBE_WEIGHT: &str = "probe.weight";
-const PROBE_BIAS: &str = "probe.bias";
 
 /// Bytes of the arena for `images` latents of `latent` (rows, columns), known from the config alone.
 pub fn plan(config: &VaeConfig, images: usize, latent: (usize, usize), dtype: DType) -> Result<usize> {
@@ -216,9 +172,9 @@ impl Layout {
         }
         let factor = config.downsample_factor();
         let size = (elements(&[latent.0, factor])?, elements(&[latent.1, factor])?);
-        let one = Steps::of(config, 1, latent, dtype, false)?.bytes;
+        let one = Steps::decoder(config, 1, latent, dtype, false)?.bytes;
         let pass = (PASS_BYTES / one.max(1)).clamp(1, images);
-        let scratch_bytes = Steps::of(config, pass, latent, dtype, false)?.bytes;
+        let scratch_bytes = Steps::decoder(config, pass, latent, dtype, false)?.bytes;
         let pixels = elements(&[images, size.0, size.1, VaeConfig::IMAGE_CHANNELS])?;
         // Outputs of all pictures live to the end; only the scratch of a pass is packed by lifetime.
         let mut ends = Scratch::default();
@@ -246,91 +202,5 @@ impl Layout {
         dtype: DType,
     ) -> Result<Span> {
         Ok(arena.slice(self.latent, elements(&[images, height, width, config.z_channels, dtype.bytes()])?))
-    }
-}
-
-/// The steps of some pictures, bound to addresses.
-struct Pass<'a> {
-    decoder: &'a VaeDecoder,
-    launch: &'a Launch<'a>,
-    latent: Span,
-    image: Span,
-    scratch: Span,
-    images: usize,
-}
-
-impl Pass<'_> {
-    fn span(&self, tensor: &Tensor) -> Result<Span> {
-        match tensor.place {
-            Place::Latent => Ok(self.latent),
-            Place::Image => Ok(self.image),
-            Place::Scratch { offset, bytes } => {
-                if offset + bytes > self.scratch.bytes {
-                    return Err(Error::Internal(format!("scratch at {offset} of {}", self.scratch.bytes)));
-                }
-                Ok(self.scratch.slice(offset, bytes))
-            }
-        }
-    }
-
-    fn record(&self, list: &mut NodeList, label: &str, kind: &Kind) -> Result<usize> {
-        let node = match kind {
-            Kind::Stats { x, stats } => {
-                let args = ops::group_stats::Args {
-                    x: self.span(x)?,
-                    stats: self.span(stats)?,
-                    images: self.images,
-                    pixels: x.height * x.width,
-                    channels: x.channels,
-                    groups: steps::GROUPS,
-                    eps: steps::EPS,
-                };
-                ops::group_stats::node(self.launch, label, &args)?
-            }
-            Kind::Conv { x, norm, weight, residual, y, ksize, upsample } => {
-                let weights = |what: &str| self.decoder.tensor(&format!("{weight}.{what}"));
-                let norm = match norm {
-                    None => None,
-                    Some(norm) => Some(ops::conv2d::Norm {
-                        stats: self.span(&norm.stats)?,
-                        gamma: self.decoder.tensor(&format!("{}.weight", norm.name))?,
-                        beta: self.decoder.tensor(&format!("{}.bias", norm.name))?,
-                        groups: steps::GROUPS,
-                        silu: norm.silu,
-                    }),
-                };
-                let args = ops::conv2d::Args {
-                    x: self.span(x)?,
-                    norm,
-                    w: weights("weight")?,
-                    bias: weights("bias")?,
-                    residual: residual.as_ref().map(|r| self.span(r)).transpose()?,
-                    y: self.span(y)?,
-                    shape: ConvShape {
-                        images: self.images,
-                        height: y.height,
-                        width: y.width,
-                        c_in: x.channels,
-                        c_out: y.channels,
-                        ksize: *ksize,
-                        upsample: *upsample,
-                    },
-                };
-                ops::conv2d::node(self.launch, label, &args)?
-            }
-            Kind::Attention { q, k, v, out } => {
-                let args = ops::vae_attention::Args {
-                    q: self.span(q)?,
-                    k: self.span(k)?,
-                    v: self.span(v)?,
-                    out: self.span(out)?,
-                    images: self.images,
-                    pixels: q.height * q.width,
-                    channels: q.channels,
-                };
-                ops::vae_attention::node(self.launch, label, &args)?
-            }
-        };
-        Ok(list.push(node))
     }
 }

@@ -1,5 +1,5 @@
-//! `conv2d`: every convolution of the VAE decoder, with normalisation and swish of its input, enlargement and
-//! residual folded in. Channels last; the kernel's file says how it tiles.
+//! `conv2d`: every convolution of the VAE, with normalisation and swish of its input, resampling and residual
+//! folded in. Channels last; the kernel's file says how it tiles.
 
 use super::harness::{self, Case, Check, Rig, Scale};
 use super::params::Conv2dParams;
@@ -7,13 +7,13 @@ use super::shared::{Checks, address, case, scale_for};
 use super::{DType, Launch, Op, Variant, div_ceil};
 use crate::device::{Geometry, Node, ParamBytes, Span};
 use crate::error::{Error, Result};
-use crate::reference::conv2d::{self as reference, Shape};
+use crate::reference::conv2d::{self as reference, Resample, Shape};
 use crate::reference::{Exact, PlainBf16, PlainF32, Precision};
 
 /// The row of the registry.
 pub static OP: Op = Op {
     name: "conv2d",
-    summary: "3x3 or 1x1 convolution: GroupNorm, swish and nearest upsampling on load, bias, residual",
+    summary: "3x3 or 1x1 convolution: GroupNorm, swish, nearest upsampling or stride 2 on load, bias, residual",
     bound: "FLOPs: 2.5 TFLOP for a 512x512 picture, 3.2 ms at 798 TFLOP/s",
     variants: &[Variant {
         name: "plain",
@@ -67,15 +67,19 @@ pub struct Args {
 pub fn node(launch: &Launch, label: &str, args: &Args) -> Result<Node> {
     let variant = launch.selection.variant(&OP, "plain")?;
     let checks = Checks::new(OP.name, variant.name);
-    let Shape { images, height, width, c_in, c_out, ksize, upsample } = args.shape;
+    let Shape { images, height, width, c_in, c_out, ksize, resample } = args.shape;
     if ksize != 1 && ksize != 3 {
         return Err(checks.refuse(format!("ksize is {ksize}, must be 1 or 3")));
     }
-    if upsample && (height % 2 != 0 || width % 2 != 0) {
+    if resample == Resample::Down && ksize != 3 {
+        return Err(checks.refuse(format!("ksize is {ksize}, a halved picture takes 3")));
+    }
+    if resample == Resample::Up && (height % 2 != 0 || width % 2 != 0) {
         return Err(checks.refuse(format!("an enlarged picture has even sides, not {height}x{width}")));
     }
     let tiles = checks.product("tiles", &[height.div_ceil(TILE), width.div_ceil(TILE)])?;
-    checks.product("pixels", &[height, width])?;
+    // The kernel counts the input's pixels in 32 bits, and a halved picture's input is four times as large.
+    checks.product("pixels", &[height, width, 4])?;
     for (axis, blocks) in [("images", images), ("blocks of output channels", c_out.div_ceil(BLOCK_N))] {
         if blocks > 65_535 {
             return Err(checks.refuse(format!("{axis}: {blocks}, must be at most 65535")));
@@ -114,7 +118,8 @@ pub fn node(launch: &Launch, label: &str, args: &Args) -> Result<Node> {
         c_in: checks.dim("c_in", c_in)?,
         c_out: checks.dim("c_out", c_out)?,
         ksize: ksize as u32,
-        upsample: u32::from(upsample),
+        upsample: u32::from(resample == Resample::Up),
+        stride: if resample == Resample::Down { 2 } else { 1 },
         ..Default::default()
     };
     if let Some(norm) = &args.norm {
@@ -167,44 +172,51 @@ enum Residual {
 }
 
 fn cases() -> Vec<Case> {
-    let shape = |images, height, width, c_in, c_out, ksize, upsample| Shape {
+    let shape = |images, height, width, c_in, c_out, ksize, resample| Shape {
         images,
         height,
         width,
         c_in,
         c_out,
         ksize,
-        upsample,
+        resample,
     };
     let bare = Form { norm: None, residual: Residual::None };
     let norm = |groups, silu, residual| Form { norm: Some((groups, silu)), residual };
+    use Resample::{Down, Same, Up};
     use Residual::{Apart, InPlace, None as No};
     let small = [
-        (shape(1, 1, 1, 3, 32, 3, false), bare),
-        (shape(3, 3, 5, 3, 32, 3, false), bare),
-        (shape(1, 7, 9, 16, 64, 3, false), bare),
-        (shape(1, 7, 9, 32, 3, 3, false), norm(32, true, No)),
-        (shape(3, 3, 5, 32, 32, 3, false), norm(32, true, InPlace)),
-        (shape(1, 7, 9, 33, 17, 3, false), norm(11, true, Apart)),
-        (shape(1, 7, 9, 33, 17, 1, false), norm(3, false, No)),
-        (shape(1, 3, 5, 33, 65, 1, false), bare),
-        (shape(1, 9, 17, 5, 7, 3, false), norm(5, false, InPlace)),
-        (shape(1, 2, 2, 32, 32, 3, true), bare),
-        (shape(3, 6, 10, 16, 24, 3, true), bare),
-        (shape(1, 14, 18, 8, 8, 3, true), norm(4, true, No)),
-        (shape(1, 6, 10, 20, 9, 1, true), bare),
+        (shape(1, 1, 1, 3, 32, 3, Same), bare),
+        (shape(3, 3, 5, 3, 32, 3, Same), bare),
+        (shape(1, 7, 9, 16, 64, 3, Same), bare),
+        (shape(1, 7, 9, 32, 3, 3, Same), norm(32, true, No)),
+        (shape(3, 3, 5, 32, 32, 3, Same), norm(32, true, InPlace)),
+        (shape(1, 7, 9, 33, 17, 3, Same), norm(11, true, Apart)),
+        (shape(1, 7, 9, 33, 17, 1, Same), norm(3, false, No)),
+        (shape(1, 3, 5, 33, 65, 1, Same), bare),
+        (shape(1, 9, 17, 5, 7, 3, Same), norm(5, false, InPlace)),
+        (shape(1, 2, 2, 32, 32, 3, Up), bare),
+        (shape(3, 6, 10, 16, 24, 3, Up), bare),
+        (shape(1, 14, 18, 8, 8, 3, Up), norm(4, true, No)),
+        (shape(1, 6, 10, 20, 9, 1, Up), bare),
+        (shape(1, 1, 1, 3, 5, 3, Down), bare),
+        (shape(3, 3, 5, 16, 24, 3, Down), bare),
+        (shape(1, 9, 17, 5, 7, 3, Down), norm(5, true, No)),
+        (shape(1, 7, 9, 33, 65, 3, Down), norm(11, false, InPlace)),
     ];
     let medium = [
-        (shape(2, 16, 24, 64, 64, 3, false), norm(32, true, InPlace)),
-        (shape(1, 16, 16, 128, 256, 1, false), norm(32, false, No)),
-        (shape(1, 8, 8, 256, 130, 3, false), norm(32, true, Apart)),
-        (shape(1, 32, 32, 64, 96, 3, true), bare),
+        (shape(2, 16, 24, 64, 64, 3, Same), norm(32, true, InPlace)),
+        (shape(1, 16, 16, 128, 256, 1, Same), norm(32, false, No)),
+        (shape(1, 8, 8, 256, 130, 3, Same), norm(32, true, Apart)),
+        (shape(1, 32, 32, 64, 96, 3, Up), bare),
+        (shape(2, 16, 24, 64, 64, 3, Down), bare),
     ];
     let real = [
-        (shape(1, 8, 8, 512, 512, 3, false), norm(32, true, InPlace)),
-        (shape(1, 64, 64, 256, 256, 3, true), bare),
-        (shape(1, 64, 64, 256, 128, 1, false), bare),
-        (shape(1, 64, 64, 128, 3, 3, false), norm(32, true, No)),
+        (shape(1, 8, 8, 512, 512, 3, Same), norm(32, true, InPlace)),
+        (shape(1, 64, 64, 256, 256, 3, Up), bare),
+        (shape(1, 32, 32, 256, 256, 3, Down), bare),
+        (shape(1, 64, 64, 256, 128, 1, Same), bare),
+        (shape(1, 64, 64, 128, 3, 3, Same), norm(32, true, No)),
     ];
     let mut cases = Vec::new();
     let all = small.iter().chain(&medium).map(|c| (c, false)).chain(real.iter().map(|c| (c, true)));
@@ -217,11 +229,10 @@ fn cases() -> Vec<Case> {
 }
 
 fn build(shape: Shape, form: Form, dtype: DType, real: bool) -> Case {
-    let Shape { images, height, width, c_in, c_out, ksize, upsample } = shape;
+    let Shape { images, height, width, c_in, c_out, ksize, resample } = shape;
     let label = format!(
-        "images={images},height={height},width={width},c_in={c_in},c_out={c_out},ksize={ksize},upsample={},norm={},\
+        "images={images},height={height},width={width},c_in={c_in},c_out={c_out},ksize={ksize},resample={resample:?},norm={},\
          residual={:?}",
-        u8::from(upsample),
         match form.norm {
             None => "none".into(),
             Some((groups, silu)) => format!("{groups}{}", if silu { "+silu" } else { "" }),

@@ -9,6 +9,7 @@ pub mod attention;
 pub mod conv2d;
 pub mod down;
 pub mod embed;
+pub mod encode_latent;
 pub mod flow_chain;
 pub mod flow_modulation;
 pub mod gate_up;
@@ -120,6 +121,7 @@ macro_rules! kernels {
 }
 
 static OPS: &[&Op] = &[
+    &encode_latent::OP,
     &embed::OP,
     &qkv::OP,
     &attention::OP,

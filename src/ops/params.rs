@@ -26,7 +26,7 @@ pub struct GenerationState {
 }
 const _: () = assert!(size_of::<GenerationState>() == 128);
 
-/// x[m, :] = table[ids[m], :]
+/// x[m, :] = table[ids[m], :], or source[source_row[m], :] where the row is an image token's
 #[repr(C)]
 #[derive(Debug, Default, Copy, Clone, bytemuck::Pod, bytemuck::Zeroable)]
 pub struct EmbedParams {
@@ -34,14 +34,18 @@ pub struct EmbedParams {
     pub ids: u64,
     /// [V, D] E
     pub table: u64,
+    /// [source_rows, D] float, optional: projected image tokens
+    pub source: u64,
+    /// [M] uint32, with source: below source_rows, or 0xffffffff for a row of the table
+    pub source_row: u64,
     /// [M, D] float, written
     pub x: u64,
     pub rows: u32,
     pub hidden: u32,
     pub vocab: u32,
-    pub pad: u32,
+    pub source_rows: u32,
 }
-const _: () = assert!(size_of::<EmbedParams>() == 40);
+const _: () = assert!(size_of::<EmbedParams>() == 56);
 
 /// y[s, :] = x[index[s], :]
 #[repr(C)]
@@ -386,6 +390,34 @@ pub struct UnpatchifyParams {
 }
 const _: () = assert!(size_of::<UnpatchifyParams>() == 48);
 
+/// tokens = E((sample - shift) \* scale), as unpatchify folds them; sample = mean + exp(clamp(log_variance) / 2) \* draw
+#[repr(C)]
+#[derive(Debug, Default, Copy, Clone, bytemuck::Pod, bytemuck::Zeroable)]
+pub struct EncodeLatentParams {
+    /// [h, w, 2C] E: means, then log variances
+    pub moments: u64,
+    /// [h, w, C] float, optional: the sample is the mean
+    pub draw: u64,
+    /// [T, K] E, written
+    pub tokens: u64,
+    /// [h, w, C] E, optional, written: after the norm
+    pub mean: u64,
+    /// [h, w, C] E, optional, written: 0 without draw
+    pub deviation: u64,
+    /// [h, w, C] E, optional, written
+    pub sample: u64,
+    pub height: u32,
+    pub width: u32,
+    pub channels: u32,
+    pub patch: u32,
+    /// each psz x psz patch of the mean is normalised over pixels and channels; 0: no norm
+    pub psz: u32,
+    pub scale: f32,
+    pub shift: f32,
+    pub pad: u32,
+}
+const _: () = assert!(size_of::<EncodeLatentParams>() == 80);
+
 /// stats[b, g, :] = mean and 1 / sqrt(var + eps) over the pixels and channels of group g
 #[repr(C)]
 #[derive(Debug, Default, Copy, Clone, bytemuck::Pod, bytemuck::Zeroable)]
@@ -403,11 +435,11 @@ pub struct GroupStatsParams {
 }
 const _: () = assert!(size_of::<GroupStatsParams>() == 40);
 
-/// y = w \* norm(x) + bias (+ residual): 3x3 with zero padding 1, or 1x1; channels last
+/// y = w \* norm(x) + bias (+ residual): 3x3 with zero padding, or 1x1; channels last
 #[repr(C)]
 #[derive(Debug, Default, Copy, Clone, bytemuck::Pod, bytemuck::Zeroable)]
 pub struct Conv2dParams {
-    /// [B, h_in, w_in, C_in] E; h_in = height / 2 with upsample, else height
+    /// [B, h_in, w_in, C_in] E; h_in = height / 2 with upsample, else height \* stride
     pub x: u64,
     /// [B, groups, 2] float, optional: x is normalised on load
     pub stats: u64,
@@ -435,7 +467,8 @@ pub struct Conv2dParams {
     pub upsample: u32,
     /// 0 or 1: swish after the normalisation; with stats
     pub silu: u32,
-    pub pad: u32,
+    /// 1: zeros on all sides of x; 2, only 3x3: zeros to the right and below
+    pub stride: u32,
 }
 const _: () = assert!(size_of::<Conv2dParams>() == 104);
 

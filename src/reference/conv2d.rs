@@ -5,12 +5,23 @@ use super::Precision;
 use super::parallel::split_rows;
 use num_traits::Float;
 
+/// How the sides of the output follow from those of the input.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Resample {
+    /// They are equal.
+    Same,
+    /// Twice as long: the input is enlarged first, each pixel repeated.
+    Up,
+    /// Half as long: every second pixel, with zeros only right of and below the input; 3x3 only.
+    Down,
+}
+
 /// What a convolution computes; the shapes follow from it.
 #[derive(Clone, Copy, Debug)]
 pub struct Shape {
     /// Pictures.
     pub images: usize,
-    /// Rows of the output; half as many in the input with `upsample`.
+    /// Rows of the output; `resample` gives the input's.
     pub height: usize,
     /// Columns of the output.
     pub width: usize,
@@ -20,15 +31,18 @@ pub struct Shape {
     pub c_out: usize,
     /// 3, with one pixel of zeros around the input, or 1.
     pub ksize: usize,
-    /// The input is enlarged by two first, each pixel repeated.
-    pub upsample: bool,
+    /// Enlarging or reducing.
+    pub resample: Resample,
 }
 
 impl Shape {
     /// Rows and columns of the input.
     pub fn input_size(&self) -> (usize, usize) {
-        let factor = if self.upsample { 2 } else { 1 };
-        (self.height / factor, self.width / factor)
+        match self.resample {
+            Resample::Same => (self.height, self.width),
+            Resample::Up => (self.height / 2, self.width / 2),
+            Resample::Down => (self.height * 2, self.width * 2),
+        }
     }
 }
 
@@ -69,9 +83,15 @@ pub fn conv2d<P: Precision>(
     bias: &[P::T],
     residual: Option<&[P::T]>,
 ) -> Vec<P::T> {
-    let Shape { images, height, width, c_in, c_out, ksize, upsample } = *shape;
+    let Shape { images, height, width, c_in, c_out, ksize, resample } = *shape;
     let (in_height, in_width) = shape.input_size();
-    let (shift, border) = (usize::from(upsample), ksize / 2);
+    // The taps move over the input, or over the enlarged input, `stride` pixels at a time.
+    let (shift, border, stride) = match resample {
+        Resample::Same => (0, ksize / 2, 1),
+        Resample::Up => (1, ksize / 2, 1),
+        Resample::Down => (0, 0, 2),
+    };
+    let (rows, cols) = (in_height << shift, in_width << shift);
     // Output channels innermost, so that the product below runs along memory: [ky, kx, c_in, c_out].
     let taps = ksize * ksize;
     let mut transposed = vec![P::constant(0.0); w.len()];
@@ -93,14 +113,15 @@ pub fn conv2d<P: Precision>(
             }
             for ky in 0..ksize {
                 // Row of the enlarged input under this tap; outside there are zeros.
-                let Some(from) = (row + ky).checked_sub(border).filter(|&r| r < height) else { continue };
+                let Some(from) = (row * stride + ky).checked_sub(border).filter(|&r| r < rows) else {
+                    continue;
+                };
                 for c in 0..c_in {
                     for kx in 0..ksize {
                         let weights = &transposed[((ky * ksize + kx) * c_in + c) * c_out..][..c_out];
                         for (col, sums) in sums.chunks_mut(c_out).enumerate() {
-                            let Some(at) = (col + kx).checked_sub(border).filter(|&at| at < width) else {
-                                continue;
-                            };
+                            let at = (col * stride + kx).checked_sub(border).filter(|&at| at < cols);
+                            let Some(at) = at else { continue };
                             let value = x[((from >> shift) * in_width + (at >> shift)) * c_in + c];
                             for (sum, &weight) in sums.iter_mut().zip(weights) {
                                 *sum += value * weight;
@@ -125,7 +146,8 @@ mod tests {
 
     #[test]
     fn a_3x3_filter_sees_zeros_outside_and_its_neighbours_inside() {
-        let shape = Shape { images: 1, height: 2, width: 3, c_in: 1, c_out: 1, ksize: 3, upsample: false };
+        let shape =
+            Shape { images: 1, height: 2, width: 3, c_in: 1, c_out: 1, ksize: 3, resample: Resample::Same };
         let x = [1.0, 2.0, 3.0, 4.0, 5.0, 6.0];
         // Sum of the left neighbour and ten times the one below.
         let w = [0.0, 0.0, 0.0, 1.0, 0.0, 0.0, 0.0, 10.0, 0.0];
@@ -135,7 +157,8 @@ mod tests {
 
     #[test]
     fn upsampling_repeats_pixels_and_the_residual_is_added() {
-        let shape = Shape { images: 1, height: 2, width: 4, c_in: 2, c_out: 1, ksize: 1, upsample: true };
+        let shape =
+            Shape { images: 1, height: 2, width: 4, c_in: 2, c_out: 1, ksize: 1, resample: Resample::Up };
         let x = [1.0, 10.0, 2.0, 20.0];
         let residual = [0.0, 0.0, 0.0, 0.0, 100.0, 0.0, 0.0, 0.0];
         let y = conv2d::<Exact>(&shape, &x, None, &[1.0, 1.0], &[0.0], Some(&residual));
@@ -143,9 +166,21 @@ mod tests {
     }
 
     #[test]
+    fn downsampling_pads_right_and_below_only() {
+        let shape =
+            Shape { images: 1, height: 1, width: 2, c_in: 1, c_out: 1, ksize: 3, resample: Resample::Down };
+        let x = [1.0, 2.0, 3.0, 4.0, 5.0, 6.0, 7.0, 8.0];
+        // Row 0 once, row 1 ten times; the third row and, for the last pixel, the third column are zeros.
+        let w = [1.0, 1.0, 1.0, 10.0, 10.0, 10.0, 100.0, 100.0, 100.0];
+        let y = conv2d::<Exact>(&shape, &x, None, &w, &[0.25], None);
+        assert_eq!(y, [6.25 + 180.0, 7.25 + 150.0]);
+    }
+
+    #[test]
     fn zeros_are_put_around_the_normalised_input() {
         // The norm maps 3 to 0 and the border must be 0, not (0 - 3) * 2.
-        let shape = Shape { images: 1, height: 1, width: 1, c_in: 1, c_out: 1, ksize: 3, upsample: false };
+        let shape =
+            Shape { images: 1, height: 1, width: 1, c_in: 1, c_out: 1, ksize: 3, resample: Resample::Same };
         let norm = Norm { stats: &[3.0, 2.0], gamma: &[1.0], beta: &[0.0], groups: 1, silu: false };
         let y = conv2d::<Exact>(&shape, &[3.0], Some(&norm), &[1.0; 9], &[0.0], None);
         assert_eq!(y, [0.0]);

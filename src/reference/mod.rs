@@ -6,6 +6,7 @@
 
 pub mod attention;
 pub mod conv2d;
+pub mod encode_latent;
 pub mod flow_chain;
 pub mod flow_head;
 pub mod flow_modulation;

@@ -1,7 +1,7 @@
-//! The whole VAE decoder, module by module as the official code is built, on the reference ops.
+//! The whole VAE encoder and decoder, module by module as the official code is built, on the reference ops.
 
 use super::Precision;
-use super::conv2d::{Norm, Shape, conv2d};
+use super::conv2d::{Norm, Resample, Shape, conv2d};
 use super::group_stats::group_stats;
 use super::vae_attention::vae_attention;
 use crate::error::Result;
@@ -25,9 +25,9 @@ pub struct Map<T> {
     pub values: Vec<T>,
 }
 
-/// The decoder of one config. `weight` gives a tensor by its official name, `decoder.conv_in.weight`, with
+/// Encoder and decoder of one config. `weight` gives a tensor by its official name, `decoder.conv_in.weight`, with
 /// convolutions as `[O, kh, kw, I]`; `tap` is shown the output of every module, under its name.
-pub struct Decoder<'a, P: Precision> {
+pub struct Vae<'a, P: Precision> {
     /// Sizes.
     pub config: &'a VaeConfig,
     /// Weights by official name.
@@ -36,23 +36,21 @@ pub struct Decoder<'a, P: Precision> {
     pub tap: &'a mut dyn FnMut(&str, &Map<P::T>),
 }
 
-impl<P: Precision> Decoder<'_, P> {
+impl<P: Precision> Vae<'_, P> {
     /// Latent `[B, h, w, z_channels]` to image `[B, H, W, 3]`, not clamped.
     pub fn decode(&mut self, latent: &Map<P::T>) -> Result<Map<P::T>> {
         let channels = self.config.block_out_channels.clone();
         let coarsest = channels.last().copied().unwrap_or(0);
-        let mut x = self.conv("decoder.conv_in", latent, None, coarsest, 3, false, None)?;
+        let mut x = self.conv("decoder.conv_in", latent, None, coarsest, 3, Resample::Same, None)?;
         (self.tap)("decoder.conv_in", &x);
-        x = self.res_block("decoder.mid.block_1", &x, coarsest)?;
-        x = self.attention("decoder.mid.attn_1", &x)?;
-        x = self.res_block("decoder.mid.block_2", &x, coarsest)?;
+        x = self.middle("decoder", &x)?;
         for (level, &out) in channels.iter().enumerate().rev() {
             for block in 0..=self.config.num_res_blocks {
                 x = self.res_block(&format!("decoder.up.{level}.block.{block}"), &x, out)?;
             }
             if level > 0 {
                 let name = format!("decoder.up.{level}.upsample");
-                x = self.conv(&format!("{name}.conv"), &x, None, out, 3, true, None)?;
+                x = self.conv(&format!("{name}.conv"), &x, None, out, 3, Resample::Up, None)?;
                 (self.tap)(&name, &x);
             }
         }
@@ -62,22 +60,50 @@ impl<P: Precision> Decoder<'_, P> {
             Some(("decoder.norm_out", true)),
             VaeConfig::IMAGE_CHANNELS,
             3,
-            false,
+            Resample::Same,
             None,
         )
+    }
+
+    /// Pixels `[B, H, W, 3]` from -1 to 1, sides divisible by the VAE's factor, to moments `[B, h, w, 2 z_channels]`.
+    pub fn encode(&mut self, pixels: &Map<P::T>) -> Result<Map<P::T>> {
+        let channels = self.config.block_out_channels.clone();
+        let mut x = self.conv("encoder.conv_in", pixels, None, self.config.ch, 3, Resample::Same, None)?;
+        (self.tap)("encoder.conv_in", &x);
+        for (level, &out) in channels.iter().enumerate() {
+            for block in 0..self.config.num_res_blocks {
+                x = self.res_block(&format!("encoder.down.{level}.block.{block}"), &x, out)?;
+            }
+            if level + 1 < channels.len() {
+                let name = format!("encoder.down.{level}.downsample");
+                x = self.conv(&format!("{name}.conv"), &x, None, out, 3, Resample::Down, None)?;
+                (self.tap)(&name, &x);
+            }
+        }
+        x = self.middle("encoder", &x)?;
+        let (norm, moments) = (Some(("encoder.norm_out", true)), 2 * self.config.z_channels);
+        self.conv("encoder.conv_out", &x, norm, moments, 3, Resample::Same, None)
+    }
+
+    /// The blocks at the coarsest level.
+    fn middle(&mut self, side: &str, x: &Map<P::T>) -> Result<Map<P::T>> {
+        let x = self.res_block(&format!("{side}.mid.block_1"), x, x.channels)?;
+        let x = self.attention(&format!("{side}.mid.attn_1"), &x)?;
+        self.res_block(&format!("{side}.mid.block_2"), &x, x.channels)
     }
 
     fn res_block(&mut self, name: &str, x: &Map<P::T>, channels: usize) -> Result<Map<P::T>> {
         let at = |part: &str| format!("{name}.{part}");
         let norm1 = at("norm1");
-        let hidden = self.conv(&at("conv1"), x, Some((&norm1, true)), channels, 3, false, None)?;
+        let hidden = self.conv(&at("conv1"), x, Some((&norm1, true)), channels, 3, Resample::Same, None)?;
         let skip = if x.channels == channels {
             x.clone()
         } else {
-            self.conv(&at("nin_shortcut"), x, None, channels, 1, false, None)?
+            self.conv(&at("nin_shortcut"), x, None, channels, 1, Resample::Same, None)?
         };
         let norm2 = at("norm2");
-        let y = self.conv(&at("conv2"), &hidden, Some((&norm2, true)), channels, 3, false, Some(&skip))?;
+        let y =
+            self.conv(&at("conv2"), &hidden, Some((&norm2, true)), channels, 3, Resample::Same, Some(&skip))?;
         (self.tap)(name, &y);
         Ok(y)
     }
@@ -86,13 +112,13 @@ impl<P: Precision> Decoder<'_, P> {
         let at = |part: &str| format!("{name}.{part}");
         let norm = at("norm");
         let mut project =
-            |part: &str| self.conv(&at(part), x, Some((&norm, false)), x.channels, 1, false, None);
+            |part: &str| self.conv(&at(part), x, Some((&norm, false)), x.channels, 1, Resample::Same, None);
         let (q, k, v) = (project("q")?, project("k")?, project("v")?);
         let scale = 1.0 / (x.channels as f32).sqrt();
         let pixels = x.height * x.width;
         let values = vae_attention::<P>(&q.values, &k.values, &v.values, pixels, x.channels, scale);
         let context = Map { values, ..q };
-        let y = self.conv(&at("proj_out"), &context, None, x.channels, 1, false, Some(x))?;
+        let y = self.conv(&at("proj_out"), &context, None, x.channels, 1, Resample::Same, Some(x))?;
         (self.tap)(name, &y);
         Ok(y)
     }
@@ -105,20 +131,17 @@ impl<P: Precision> Decoder<'_, P> {
         norm: Option<(&str, bool)>,
         channels: usize,
         ksize: usize,
-        upsample: bool,
+        resample: Resample,
         residual: Option<&Map<P::T>>,
     ) -> Result<Map<P::T>> {
         let load = |name: String| Ok::<_, crate::Error>(P::load_all(&(self.weight)(&name)?));
-        let factor = if upsample { 2 } else { 1 };
-        let shape = Shape {
-            images: x.images,
-            height: x.height * factor,
-            width: x.width * factor,
-            c_in: x.channels,
-            c_out: channels,
-            ksize,
-            upsample,
+        let (height, width) = match resample {
+            Resample::Same => (x.height, x.width),
+            Resample::Up => (x.height * 2, x.width * 2),
+            Resample::Down => (x.height / 2, x.width / 2),
         };
+        let shape =
+            Shape { images: x.images, height, width, c_in: x.channels, c_out: channels, ksize, resample };
         let norm = match norm {
             None => None,
             Some((name, silu)) => {
@@ -131,7 +154,7 @@ impl<P: Precision> Decoder<'_, P> {
         });
         // The last norm has a name of its own among the recorded outputs: what it gives before its swish.
         if let Some((name, norm)) = &norm
-            && **name == "decoder.norm_out"
+            && name.ends_with(".norm_out")
         {
             let plain = Norm { silu: false, ..*norm };
             let image_len = x.values.len() / x.images;

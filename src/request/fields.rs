@@ -208,6 +208,7 @@ impl RequestFields {
             n: self.n.unwrap_or(1),
             first_image: self.first_image.unwrap_or(0),
             seed: self.seed.unwrap_or_else(random_seed),
+            images: Vec::new(),
             preview_every_rows: None,
             sampler: SamplerConfig {
                 sampler,

@@ -387,7 +387,7 @@ proptest! {
         let some = |text: String| Some(text).filter(|text| !text.is_empty());
         let request = GenerateRequest {
             prompt, negative_prompt: some(negative), positive_prompt: some(positive),
-            width, height, n, first_image, seed, preview_every_rows: None,
+            width, height, n, first_image, seed, images: Vec::new(), preview_every_rows: None,
             sampler: SamplerConfig {
                 sampler: Sampler::ALL[sampler], steps: width, guidance_scale: scales[0],
                 image_guidance_scale: scales[1], guidance_schedule: GuidanceSchedule::ALL[schedule],

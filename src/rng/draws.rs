@@ -10,6 +10,9 @@ use half::bf16;
 /// more, so that a draw depends on the seed alone, not on the card nor on how many images are made together.
 pub const MAX_IMAGES_PER_BATCH: u32 = 1024;
 
+/// A generator offset beyond every draw of every request.
+const UNREACHED_OFFSET: u64 = 1 << 48;
+
 /// The draw of the VAE posterior in editing. It is taken even where the VAE ignores it, and moves every later draw of
 /// the codes that seed before it.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -103,12 +106,12 @@ impl DrawPlan {
         out
     }
 
-    /// The editing draw, before its cast to the VAE's dtype. `None` without pictures, and for February, which draws it
-    /// before seeding: there it cannot be reproduced from the request's seed.
-    pub fn posterior(&self) -> Option<CudaRandn> {
-        self.posterior
-            .filter(|_| self.base_offset > 0)
-            .map(|draw| CudaRandn::new(self.seed, 0, draw.numel, draw.max_threads))
+    /// The editing draw, before its cast to the VAE's dtype; empty without pictures. February draws it before seeding, so
+    /// that a seed does not decide it; here it is taken from a part of the seed's stream that no token reaches.
+    pub fn posterior(&self) -> CudaRandn {
+        let draw = self.posterior.unwrap_or(PosteriorDraw { numel: 0, max_threads: H100_MAX_THREADS });
+        let offset = if self.base_offset > 0 { 0 } else { UNREACHED_OFFSET };
+        CudaRandn::new(self.seed, offset, draw.numel, draw.max_threads)
     }
 }
 
@@ -242,12 +245,13 @@ mod tests {
         let draw = PosteriorDraw { numel: 2 * 16 * 64 * 64, max_threads: H100_MAX_THREADS };
         let august = plan(Sampler::Aug, 50, (0, 1), Some(draw));
         assert_eq!(august.base_offset, 4);
-        assert_eq!(august.posterior().unwrap().numel(), 131_072);
+        assert_eq!(august.posterior().numel(), 131_072);
         // Above four elements per thread the draw takes a second round.
         let large = PosteriorDraw { numel: 4 * 270_336 + 1, ..draw };
         assert_eq!(plan(Sampler::Hf11, 50, (0, 1), Some(large)).base_offset, 8);
         let february = plan(Sampler::Sde, 50, (0, 1), Some(draw));
-        assert_eq!((february.base_offset, february.posterior()), (0, None));
+        assert_eq!(february.base_offset, 0);
+        assert_ne!(february.posterior().at(0), february.draw(0, 0)[0], "a stream of its own");
     }
 
     #[test]

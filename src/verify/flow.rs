@@ -21,6 +21,7 @@ fn no_prompts(sequences: usize) -> Vec<Vec<u32>> {
 fn base_spec(model: &NextStep, images: usize, branches: usize) -> RunSpec {
     RunSpec {
         prompts: no_prompts(images * branches),
+        sources: Default::default(),
         images,
         branches,
         grid: (1, 1),

@@ -16,7 +16,7 @@ use std::sync::Arc;
 /// What a free run leaves behind, by the names of the fixtures' README.
 pub type Tensors = BTreeMap<&'static str, Vec<f32>>;
 
-/// Runs a `pipeline` case of text to image in `dtype` with its recorded draws. Returns `prefill.norm` (real rows
+/// Runs a `pipeline` case in `dtype` with its recorded draws. Returns `prefill.norm` (real rows
 /// only), `decode.norm`, `cond`, `tokens` and `image` (channels last).
 pub fn free_run(
     path: &Path,
@@ -66,6 +66,7 @@ pub(super) fn drive(context: &Context<'_>, models: &mut Models, dtype: DType) ->
     let sequences = run.spec().prompts.len();
     let mut tensors = Tensors::new();
 
+    run.encode_sources()?;
     let list = run.record_prefill(true)?;
     run.run_once(&list, |_, _| Ok(()))?;
     let list = run.record_prefill_norm()?;

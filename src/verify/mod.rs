@@ -12,6 +12,7 @@ mod free_run;
 mod models;
 mod picture;
 mod pipeline;
+mod sources;
 mod text;
 mod vae;
 

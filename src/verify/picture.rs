@@ -4,11 +4,9 @@
 //! add up to another picture.
 
 use super::free_run::drive;
-use super::pipeline::NO_EDITING;
 use super::{Comparer, Context, Models, Outcome, Tolerance};
 use crate::error::Result;
 use crate::ops::DType;
-use serde_json::Value;
 
 /// Share of the values that may be more than one level off.
 const OFF_SHARE: f64 = 0.005;
@@ -16,9 +14,6 @@ const OFF_SHARE: f64 = 0.005;
 /// Runs one case.
 pub(super) fn run(context: &Context<'_>, models: &mut Models) -> Result<Outcome> {
     let case = context.case;
-    if case.meta.get("has_image").and_then(Value::as_bool) == Some(true) {
-        return Ok(Outcome::Skipped(NO_EDITING.into()));
-    }
     if context.dtype() != DType::F32 {
         return Ok(Outcome::Skipped("pictures are compared value by value in f32 only".into()));
     }

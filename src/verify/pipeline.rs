@@ -1,7 +1,8 @@
 //! Cases of kind `pipeline`: a whole generation, stage by stage under teacher forcing.
 
+use super::sources::read_sources;
 use super::{CaseFile, Comparer, Context, Models, Outcome, Recorded, Tolerance};
-use crate::device::{Node, NodeList, Span, Stream};
+use crate::device::{Device, Node, NodeList, Span, Stream};
 use crate::error::Result;
 use crate::model::nextstep::NextStep;
 use crate::model::plan::{Draws, RunSpec};
@@ -60,6 +61,7 @@ impl Recording {
         let draws_per_token = sampler.draws_per_token(steps) as usize;
         let guidance = guidance_table(schedule(case, sampler)?, cfg, cfg_img, tokens);
         let spec = RunSpec {
+            sources: read_sources(case, &model, &rows.ids, images)?,
             prompts: rows.ids.clone(),
             images,
             branches,
@@ -88,15 +90,9 @@ impl Recording {
     }
 }
 
-/// Why a case with an input picture is not run.
-pub(super) const NO_EDITING: &str = "editing is not built yet";
-
 /// Runs one case.
 pub(super) fn run(context: &Context<'_>, models: &mut Models) -> Result<Outcome> {
     let case = context.case;
-    if case.meta.get("has_image").and_then(Value::as_bool) == Some(true) {
-        return Ok(Outcome::Skipped(NO_EDITING.into()));
-    }
     let dtype = context.dtype();
     let recording = Recording::read(context, models, dtype, None)?;
     let mut comparer = Comparer::new(case);
@@ -104,7 +100,9 @@ pub(super) fn run(context: &Context<'_>, models: &mut Models) -> Result<Outcome>
     comparer.tensor("fm.t_net", &network_times(&recording.solver, dtype), "host", Tolerance::Exact)?;
     let selection = context.options.selection.clone();
     let mut run = Run::new(recording.model.clone(), context.device, selection, recording.spec)?;
-    let mut stages = Stages { case, rows: recording.rows, dtype, comparer: &mut comparer };
+    let mut stages =
+        Stages { case, device: context.device, rows: recording.rows, dtype, comparer: &mut comparer };
+    stages.sources(&mut run)?;
     stages.prefill(&mut run)?;
     stages.decode(&mut run)?;
     stages.sample(&mut run)?;
@@ -116,7 +114,7 @@ pub(super) fn run(context: &Context<'_>, models: &mut Models) -> Result<Outcome>
 /// picture before rounding) but what a run is given, what repeats others, and the norms inside
 /// the products, whose q, k, v and MLP outputs are compared.
 fn required(case: &CaseFile) -> Result<Vec<String>> {
-    let given = |name: &str| name.starts_with("draw.") || name == "rope_inv_freq";
+    let given = |name: &str| name.starts_with("draw.") || matches!(name, "rope_inv_freq" | "input_image_u8");
     let repeated = |name: &str| {
         let step = name.strip_prefix("decode").and_then(|n| n.split_once('.'));
         step.is_some_and(|(step, tensor)| !step.is_empty() && matches!(tensor, "inputs_embeds" | "norm"))
@@ -206,11 +204,13 @@ fn recorded_draws(case: &CaseFile, tokens: usize, images: usize, per_token: usiz
     Ok(draws)
 }
 
-struct Stages<'a, 'b> {
-    case: &'a CaseFile,
+/// The stages of a case, and what they share.
+pub(super) struct Stages<'a, 'b> {
+    pub(super) case: &'a CaseFile,
+    pub(super) device: &'b Arc<dyn Device>,
     rows: PromptRows,
-    dtype: DType,
-    comparer: &'b mut Comparer<'a>,
+    pub(super) dtype: DType,
+    pub(super) comparer: &'b mut Comparer<'a>,
 }
 
 impl Stages<'_, '_> {
@@ -273,10 +273,14 @@ impl Stages<'_, '_> {
         let dtype = self.dtype;
         // The embedding itself, then its recorded output as the input of the layers.
         let list = run.record_prefill(true)?;
-        let embed = &list.nodes()[0];
-        run.stream().launch(embed)?;
-        let got = read(run.stream(), rows.x, DType::F32)?;
-        self.compare_rows("prefill.inputs_embeds", &got, embed.kernel.symbol)?;
+        for node in list.nodes() {
+            run.stream().launch(node)?;
+            if node.writes.contains(&rows.x) {
+                let got = read(run.stream(), rows.x, DType::F32)?;
+                self.compare_rows("prefill.inputs_embeds", &got, node.kernel.symbol)?;
+                break;
+            }
+        }
         let inputs = self.real_rows(&self.case.tensor("prefill.inputs_embeds")?);
         run.stream().upload(rows.x.ptr, bytemuck::cast_slice(&inputs))?;
         let list = run.record_prefill(false)?;

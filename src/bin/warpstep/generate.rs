@@ -1,4 +1,4 @@
-//! `warpstep generate`: a caption in, PNGs out.
+//! `warpstep generate`: a caption in, PNGs out; and what `warpstep edit` shares with it.
 
 use crate::args::{DeviceArgs, Precision, parse_size};
 use anyhow::{Context, Result, bail};
@@ -27,6 +27,13 @@ pub struct Generate {
     /// The caption.
     prompt: String,
 
+    #[command(flatten)]
+    options: Options,
+}
+
+/// Everything but prompt and pictures.
+#[derive(Args)]
+pub struct Options {
     /// Checkpoint folder in the official layout [default: the demo model inside this program].
     #[arg(long, value_name = "DIR")]
     model: Option<PathBuf>,
@@ -132,9 +139,24 @@ fn named<T: Clone + Send + Sync + 'static>(
     move |name| find(name).ok_or_else(|| format!("known: {known}"))
 }
 
+/// Pictures to be edited, and how far the result follows them.
+pub struct EditInput {
+    /// The pictures.
+    pub images: Vec<RgbImage>,
+    /// `image_guidance_scale`.
+    pub cfg_img: Option<f64>,
+}
+
 impl Generate {
     /// Runs the verb.
     pub fn run(self) -> Result<ExitCode> {
+        self.options.run(&self.prompt, None)
+    }
+}
+
+impl Options {
+    /// Makes the pictures.
+    pub fn run(&self, prompt: &str, edit: Option<EditInput>) -> Result<ExitCode> {
         check_output(&self.output)?;
         let source = match &self.model {
             Some(dir) => ModelSource::Dir(dir.clone()),
@@ -148,8 +170,9 @@ impl Generate {
             ..EngineOptions::default()
         };
         let engine = Arc::new(Engine::load(&source, self.device.open()?, options)?);
-        let mut request = self.request(&engine)?;
+        let mut request = self.request(&engine, prompt, edit.as_ref())?;
         request.preview_every_rows = self.preview;
+        request.images = edit.map(|edit| edit.images).unwrap_or_default();
         let plan = engine.plan(&request)?;
         eprintln!("{}: {}", engine.name(), request.describe());
         eprintln!(
@@ -194,7 +217,8 @@ impl Generate {
         }
         let t = result.timings;
         eprintln!(
-            "prefill {:.0} ms, {} tokens in {:.0} ms ({:.1} tokens/s), VAE {:.0} ms, total {:.2} s",
+            "encode {:.0} ms, prefill {:.0} ms, {} tokens in {:.0} ms ({:.1} tokens/s), VAE {:.0} ms, total {:.2} s",
+            t.vae_encode_ms,
             t.prefill_ms,
             plan.image_tokens,
             t.decode_ms,
@@ -213,20 +237,23 @@ impl Generate {
     }
 
     /// What was given, over the preset's or the model's defaults.
-    fn request(&self, engine: &Engine) -> Result<GenerateRequest> {
+    fn request(&self, engine: &Engine, prompt: &str, edit: Option<&EditInput>) -> Result<GenerateRequest> {
+        // An edited picture keeps the size of the first one.
+        let first = edit.and_then(|edit| edit.images.first()).map(|image| (image.width(), image.height()));
+        let size = self.size.or(first);
         let fields = RequestFields {
-            prompt: Some(self.prompt.clone()),
+            prompt: Some(prompt.into()),
             negative_prompt: self.negative.clone(),
             positive_prompt: self.positive.clone(),
-            width: self.size.map(|(width, _)| width),
-            height: self.size.map(|(_, height)| height),
+            width: size.map(|(width, _)| width),
+            height: size.map(|(_, height)| height),
             n: self.n,
             first_image: self.first_image,
             seed: self.seed,
             sampler: self.sampler,
             steps: self.steps,
             guidance_scale: self.cfg,
-            image_guidance_scale: None,
+            image_guidance_scale: edit.and_then(|edit| edit.cfg_img),
             guidance_schedule: self.cfg_schedule,
             timesteps_shift: self.shift,
             noise_level: self.noise_level,
@@ -264,7 +291,7 @@ impl Generate {
 }
 
 /// Says before the work, not after it, that the picture could not be written.
-fn check_output(path: &Path) -> Result<()> {
+pub fn check_output(path: &Path) -> Result<()> {
     if path.is_dir() {
         bail!("{} is a folder; -o takes the name of a PNG file", path.display());
     }
@@ -277,7 +304,7 @@ fn check_output(path: &Path) -> Result<()> {
 }
 
 /// `out.png` for one image, `out-3.png` for the fourth of several.
-fn numbered(path: &Path, index: usize, count: usize) -> PathBuf {
+pub fn numbered(path: &Path, index: usize, count: usize) -> PathBuf {
     if count <= 1 {
         return path.to_path_buf();
     }

@@ -3,9 +3,12 @@
 
 mod args;
 mod doctor;
+mod edit;
 mod generate;
 mod inspect;
 mod kernels;
+mod picture;
+mod reconstruct;
 mod verify;
 
 use clap::{Parser, Subcommand};
@@ -28,6 +31,10 @@ struct Cli {
 enum Verb {
     /// Make pictures from a caption.
     Generate(generate::Generate),
+    /// Change pictures as a text says.
+    Edit(edit::Edit),
+    /// Encode and decode pictures, and print what is lost.
+    Reconstruct(reconstruct::Reconstruct),
     /// Compare the engine with tensors recorded from the official code.
     Verify(verify::Verify),
     /// List the kernels, or test them against their references.
@@ -44,6 +51,8 @@ fn main() -> ExitCode {
     let cli = Cli::parse();
     let result = match cli.verb {
         Verb::Generate(verb) => verb.run(),
+        Verb::Edit(verb) => verb.run(),
+        Verb::Reconstruct(verb) => verb.run(),
         Verb::Verify(verb) => verb.run(),
         Verb::Kernels(verb) => verb.run(),
         Verb::Inspect(verb) => verb.run(),

@@ -1,0 +1,125 @@
+//! `warpstep reconstruct`: pictures through the VAE and back, and what is lost on the way.
+
+use crate::args::{DeviceArgs, Precision};
+use crate::generate::{check_output, numbered};
+use crate::picture::read_picture;
+use anyhow::{Context, Result};
+use clap::Args;
+use std::path::PathBuf;
+use std::process::ExitCode;
+use std::sync::Arc;
+use warpstep::engine::{Engine, EngineOptions, ModelSource};
+use warpstep::image::write_png;
+use warpstep::metrics::{psnr, ssim};
+use warpstep::reconstruct::{ChannelStats, LatentNoise, reconstruct};
+
+/// Encode and decode pictures; print PSNR and SSIM (11x11 Gaussian window), and the latents' statistics.
+///
+/// The encoder's mean is decoded, with noise added if asked for. Several pictures give a table with means.
+///
+///   warpstep reconstruct photo.png -o decoded.png
+///   warpstep reconstruct photos/*.png --noise 0.2 -o noisy.png
+#[derive(Args)]
+pub struct Reconstruct {
+    /// Pictures: PNG files whose sides divide by the model's token size (16).
+    #[arg(value_name = "IMAGE", required = true)]
+    images: Vec<PathBuf>,
+
+    /// Standard deviation of Gaussian noise added to the latent that the model reads.
+    #[arg(long, value_name = "SIGMA", default_value_t = 0.0)]
+    noise: f32,
+
+    /// Seed of that noise.
+    #[arg(long, value_name = "U64", default_value_t = 0)]
+    seed: u64,
+
+    /// Checkpoint folder in the official layout [default: the demo model inside this program].
+    #[arg(long, value_name = "DIR")]
+    model: Option<PathBuf>,
+
+    /// VAE folder [default: what config.json names, else vae/ in the model folder].
+    #[arg(long, value_name = "DIR")]
+    vae: Option<PathBuf>,
+
+    /// Element type of weights and activations.
+    #[arg(long, value_enum, default_value = "bf16")]
+    precision: Precision,
+
+    /// Print a JSON description of the result on stdout instead of the table.
+    #[arg(long)]
+    json: bool,
+
+    /// PNG to write; with several pictures a number is added: out-0.png, out-1.png.
+    #[arg(short, long, value_name = "FILE", default_value = "reconstruction.png")]
+    output: PathBuf,
+
+    #[command(flatten)]
+    device: DeviceArgs,
+}
+
+/// One picture's figures.
+#[derive(serde::Serialize)]
+struct Row {
+    image: PathBuf,
+    file: PathBuf,
+    psnr_db: f64,
+    ssim: f64,
+    channels: Vec<ChannelStats>,
+}
+
+impl Reconstruct {
+    /// Runs the verb.
+    pub fn run(self) -> Result<ExitCode> {
+        check_output(&self.output)?;
+        let source = match &self.model {
+            Some(dir) => ModelSource::Dir(dir.clone()),
+            None => ModelSource::Demo,
+        };
+        let options = EngineOptions {
+            dtype: self.precision.into(),
+            vae: self.vae.clone(),
+            kernels: self.device.selection()?,
+            ..EngineOptions::default()
+        };
+        let engine = Arc::new(Engine::load(&source, self.device.open()?, options)?);
+        let noise = LatentNoise { sigma: self.noise, seed: self.seed };
+        let mut rows = Vec::new();
+        for (index, path) in self.images.iter().enumerate() {
+            let image = read_picture(path)?;
+            let about = || format!("picture {}", path.display());
+            let made = reconstruct(&engine, &image, noise).with_context(about)?;
+            let file = numbered(&self.output, index, self.images.len());
+            write_png(&file, &made.image, None)?;
+            eprintln!("wrote {}", file.display());
+            rows.push(Row {
+                image: path.clone(),
+                file,
+                psnr_db: psnr(&image, &made.image)?,
+                ssim: ssim(&image, &made.image)?,
+                channels: made.channels,
+            });
+        }
+        match self.json {
+            true => println!("{}", serde_json::json!({ "noise": self.noise, "pictures": rows })),
+            false => print_table(&rows),
+        }
+        Ok(ExitCode::SUCCESS)
+    }
+}
+
+fn print_table(rows: &[Row]) {
+    let width = rows.iter().map(|row| row.image.display().to_string().len()).max().unwrap_or(0).max(5);
+    println!("{:width$}  PSNR dB    SSIM", "image");
+    for row in rows {
+        println!("{:width$}  {:7.2}  {:6.4}", row.image.display().to_string(), row.psnr_db, row.ssim);
+    }
+    let mean = |of: &dyn Fn(&Row) -> f64| rows.iter().map(of).sum::<f64>() / rows.len().max(1) as f64;
+    if rows.len() > 1 {
+        println!("{:width$}  {:7.2}  {:6.4}", "mean", mean(&|r| r.psnr_db), mean(&|r| r.ssim));
+    }
+    println!("\nlatent channel      mean       std");
+    for channel in 0..rows.first().map_or(0, |row| row.channels.len()) {
+        let (m, s) = (mean(&|r| r.channels[channel].mean), mean(&|r| r.channels[channel].std));
+        println!("{channel:14}  {m:8.4}  {s:8.4}");
+    }
+}

@@ -1,0 +1,174 @@
+//! Steps bound to addresses and weights.
+
+use super::steps::{self, Kind, Place, Steps, Tensor};
+use crate::device::{NodeList, Span};
+use crate::error::{Error, Result};
+use crate::model::upload::Uploader;
+use crate::ops::{self, Launch};
+use crate::reference::conv2d::Shape as ConvShape;
+use crate::weights::{Part, VaeWeights, convert};
+use std::collections::HashMap;
+
+/// Name of the identity that stores a norm; no checkpoint has it.
+pub(super) const PROBE: &str = "probe";
+
+/// Weights of the encoder or of the decoder, by official name, `decoder.conv_in.weight`; convolutions as
+/// `[O, kh, kw, I]`.
+pub(super) struct Tensors(HashMap<String, Span>);
+
+impl Tensors {
+    /// Uploads one half of the VAE; its last norm has `channels`.
+    pub(super) fn load(
+        weights: &VaeWeights,
+        part: Part,
+        channels: usize,
+        up: &mut Uploader<'_>,
+    ) -> Result<Tensors> {
+        let mut tensors = HashMap::new();
+        for spec in weights.specs().iter().filter(|spec| spec.part == part) {
+            let mut values = convert::to_f32(&weights.get(&spec.name)?)?;
+            if let &[o, i, kh, kw] = spec.shape.as_slice() {
+                values = convert::conv_to_ohwi(&values, [o, i, kh, kw])?;
+            }
+            let span = up.values(&format!("vae.{}", spec.name), values)?;
+            tensors.insert(spec.name.clone(), span);
+        }
+        // The probe of norm_out is a convolution by one.
+        let identity = (0..channels * channels).map(|i| f32::from(u8::from(i % (channels + 1) == 0)));
+        for (what, values) in [("weight", identity.collect()), ("bias", vec![0.0; channels])] {
+            let name = format!("{PROBE}.{what}");
+            let span = up.values(&format!("vae.{name}"), values)?;
+            tensors.insert(name, span);
+        }
+        Ok(Tensors(tensors))
+    }
+
+    fn get(&self, name: &str) -> Result<Span> {
+        let missing = || Error::Internal(format!("the VAE has no tensor {name}"));
+        self.0.get(name).copied().ok_or_else(missing)
+    }
+}
+
+/// An intermediate tensor under its official module name.
+#[derive(Clone, Debug)]
+pub struct Tap {
+    /// `decoder.up.3.block.2`.
+    pub name: String,
+    /// The node that completes it: index in the list, and label.
+    pub node: usize,
+    /// Label of that node.
+    pub label: String,
+    /// First picture of the pass that it belongs to.
+    pub first_image: usize,
+    /// `[images of the pass, height, width, channels]`.
+    pub shape: [usize; 4],
+    /// Where it is; later nodes overwrite it.
+    pub span: Span,
+}
+
+/// The steps of some pictures, bound to addresses.
+pub(super) struct Pass<'a> {
+    pub(super) tensors: &'a Tensors,
+    pub(super) launch: &'a Launch<'a>,
+    pub(super) input: Span,
+    pub(super) output: Span,
+    pub(super) scratch: Span,
+    pub(super) images: usize,
+    /// Number of the pass's first picture.
+    pub(super) first_image: usize,
+}
+
+impl Pass<'_> {
+    fn span(&self, tensor: &Tensor) -> Result<Span> {
+        match tensor.place {
+            Place::Input => Ok(self.input),
+            Place::Output => Ok(self.output),
+            Place::Scratch { offset, bytes } => {
+                if offset + bytes > self.scratch.bytes {
+                    return Err(Error::Internal(format!("scratch at {offset} of {}", self.scratch.bytes)));
+                }
+                Ok(self.scratch.slice(offset, bytes))
+            }
+        }
+    }
+
+    /// Records every step; returns what can be read in between.
+    pub(super) fn record(&self, list: &mut NodeList, steps: &Steps) -> Result<Vec<Tap>> {
+        let mut taps = Vec::new();
+        for step in &steps.list {
+            let node = self.record_step(list, &step.label, &step.kind)?;
+            if let (Some(name), Some(tensor)) = (&step.tap, step.kind.output()) {
+                taps.push(Tap {
+                    name: name.clone(),
+                    node,
+                    label: step.label.clone(),
+                    first_image: self.first_image,
+                    shape: [self.images, tensor.height, tensor.width, tensor.channels],
+                    span: self.span(tensor)?,
+                });
+            }
+        }
+        Ok(taps)
+    }
+
+    fn record_step(&self, list: &mut NodeList, label: &str, kind: &Kind) -> Result<usize> {
+        let node = match kind {
+            Kind::Stats { x, stats } => {
+                let args = ops::group_stats::Args {
+                    x: self.span(x)?,
+                    stats: self.span(stats)?,
+                    images: self.images,
+                    pixels: x.height * x.width,
+                    channels: x.channels,
+                    groups: steps::GROUPS,
+                    eps: steps::EPS,
+                };
+                ops::group_stats::node(self.launch, label, &args)?
+            }
+            Kind::Conv { x, norm, weight, residual, y, ksize, resample } => {
+                let weights = |what: &str| self.tensors.get(&format!("{weight}.{what}"));
+                let norm = match norm {
+                    None => None,
+                    Some(norm) => Some(ops::conv2d::Norm {
+                        stats: self.span(&norm.stats)?,
+                        gamma: self.tensors.get(&format!("{}.weight", norm.name))?,
+                        beta: self.tensors.get(&format!("{}.bias", norm.name))?,
+                        groups: steps::GROUPS,
+                        silu: norm.silu,
+                    }),
+                };
+                let args = ops::conv2d::Args {
+                    x: self.span(x)?,
+                    norm,
+                    w: weights("weight")?,
+                    bias: weights("bias")?,
+                    residual: residual.as_ref().map(|r| self.span(r)).transpose()?,
+                    y: self.span(y)?,
+                    shape: ConvShape {
+                        images: self.images,
+                        height: y.height,
+                        width: y.width,
+                        c_in: x.channels,
+                        c_out: y.channels,
+                        ksize: *ksize,
+                        resample: *resample,
+                    },
+                };
+                ops::conv2d::node(self.launch, label, &args)?
+            }
+            Kind::Attention { q, k, v, out } => {
+                let args = ops::vae_attention::Args {
+                    q: self.span(q)?,
+                    k: self.span(k)?,
+                    v: self.span(v)?,
+                    out: self.span(out)?,
+                    images: self.images,
+                    pixels: q.height * q.width,
+                    channels: q.channels,
+                };
+                ops::vae_attention::node(self.launch, label, &args)?
+            }
+        };
+        Ok(list.push(node))
+    }
+}

@@ -1,0 +1,125 @@
+//! Pictures through the VAE and back: what the tokenizer of images keeps of them.
+
+use crate::device::NodeList;
+use crate::engine::Engine;
+use crate::error::{Error, Result};
+use crate::image::RgbImage;
+use crate::model::vae::{LatentOutputs, VaeEncoder};
+use crate::ops::harness::{decode, encode};
+use crate::ops::{self, Launch};
+use crate::rng::{CudaRandn, H100_MAX_THREADS};
+use std::sync::Arc;
+
+/// A picture that was encoded and decoded.
+#[derive(Clone, Debug)]
+pub struct Reconstruction {
+    /// The decoder's picture, of the same size.
+    pub image: RgbImage,
+    /// Mean and standard deviation of every channel of the latent that the model reads, noise not included.
+    pub channels: Vec<ChannelStats>,
+}
+
+/// A channel of a latent, over its pixels.
+#[derive(Clone, Copy, Debug, PartialEq, serde::Serialize)]
+pub struct ChannelStats {
+    /// Mean.
+    pub mean: f64,
+    /// Standard deviation (biased).
+    pub std: f64,
+}
+
+/// Gaussian noise on the latent that the model reads.
+#[derive(Clone, Copy, Debug, Default)]
+pub struct LatentNoise {
+    /// Its standard deviation; 0 is none.
+    pub sigma: f32,
+    /// Its seed.
+    pub seed: u64,
+}
+
+/// Encodes `image` (the posterior's mean), adds the noise and decodes. Refuses sides that the VAE cannot encode.
+pub fn reconstruct(engine: &Engine, image: &RgbImage, noise: LatentNoise) -> Result<Reconstruction> {
+    if !(noise.sigma.is_finite() && noise.sigma >= 0.0) {
+        return Err(Error::request(
+            "noise",
+            format!("is {}; it must be 0 or a positive number", noise.sigma),
+        ));
+    }
+    engine.check_pictures(std::slice::from_ref(image))?;
+    let model = &engine.model;
+    let encoder =
+        model.encoder.as_ref().ok_or_else(|| Error::Internal("an encoder was checked for".into()))?;
+    let (dtype, device) = (model.dtype, &engine.device);
+    let (height, width) = (image.height() as usize, image.width() as usize);
+    let factor = model.down_factor();
+    let grid = (height / factor, width / factor);
+    let bytes = grid.0 * grid.1 * model.config.token_dim() * dtype.bytes();
+
+    let tokens = device.alloc(bytes, "tokens")?;
+    let arena =
+        device.alloc(encoder.plan((height, width), dtype)?.max(model.vae.plan(1, grid, dtype)?), "vae")?;
+    let mut stream = device.stream()?;
+    let launch = Launch {
+        selection: &engine.options.kernels,
+        dtype,
+        sm_count: device.info().sm_count,
+        dependent: true,
+    };
+    let mut list = NodeList::new();
+    let encoded = encoder.record(&launch, &mut list, (height, width), arena.span(), false)?;
+    let outputs = LatentOutputs {
+        draw: None,
+        tokens: tokens.span(),
+        patch: model.config.latent_patch_size,
+        taps: ops::encode_latent::Taps::default(),
+    };
+    encoder.record_tokens(&launch, &mut list, &encoded, &outputs)?;
+    stream.upload(encoded.pixels.ptr, &encode(dtype, VaeEncoder::pixel_values(image)).0)?;
+    let executable = stream.instantiate(Arc::new(list))?;
+    stream.replay(executable.as_ref())?;
+    let mut raw = vec![0; bytes];
+    stream.download(tokens.ptr(), &mut raw)?;
+    let mut values = decode(dtype, &raw);
+    let area = model.config.latent_patch_size.pow(2);
+    let channels = channel_stats(&values, model.config.latent_channels, area);
+
+    if noise.sigma > 0.0 {
+        let mut draws = vec![0.0; values.len()];
+        CudaRandn::new(noise.seed, 0, values.len() as u64, H100_MAX_THREADS).fill(0, &mut draws);
+        for (value, draw) in values.iter_mut().zip(draws) {
+            *value += noise.sigma * draw;
+        }
+        stream.upload(tokens.ptr(), &encode(dtype, values).0)?;
+    }
+    let mut list = NodeList::new();
+    let decoded = model.vae.record(&launch, &mut list, tokens.span(), 1, grid, arena.span())?;
+    let executable = stream.instantiate(Arc::new(list))?;
+    stream.replay(executable.as_ref())?;
+    let mut rgb = vec![0; decoded.rgb.bytes];
+    stream.download(decoded.rgb.ptr, &mut rgb)?;
+    Ok(Reconstruction { image: RgbImage::new(image.width(), image.height(), rgb)?, channels })
+}
+
+/// Statistics of tokens `[T, channels * area]`, whose vectors hold one channel after another.
+fn channel_stats(tokens: &[f32], channels: usize, area: usize) -> Vec<ChannelStats> {
+    let stats = |channel: usize| {
+        let values = || tokens.chunks(channels * area).flat_map(move |t| &t[channel * area..][..area]);
+        let count = values().count().max(1) as f64;
+        let mean = values().map(|&v| f64::from(v)).sum::<f64>() / count;
+        let variance = values().map(|&v| (f64::from(v) - mean).powi(2)).sum::<f64>() / count;
+        ChannelStats { mean, std: variance.sqrt() }
+    };
+    (0..channels).map(stats).collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_tokens_channels_follow_one_another() {
+        // Two tokens of two channels and two pixels.
+        let stats = channel_stats(&[1.0, 3.0, 10.0, 10.0, 1.0, 3.0, 10.0, 10.0], 2, 2);
+        assert_eq!(stats, [ChannelStats { mean: 2.0, std: 1.0 }, ChannelStats { mean: 10.0, std: 0.0 }]);
+    }
+}
