@@ -16,7 +16,7 @@ use std::process::ExitCode;
 ///   warpstep edit photo.png "remove the car" --model NextStep-1-Large-Edit --preset edit
 #[derive(Args)]
 pub struct Edit {
-    /// Pictures: PNG files whose sides divide by the model's token size (16).
+    /// Pictures: PNG, JPEG or WebP files whose sides divide by the model's token size (16).
     #[arg(value_name = "IMAGE", required = true)]
     images: Vec<PathBuf>,
 

@@ -21,7 +21,7 @@ use warpstep::reconstruct::{ChannelStats, LatentNoise, reconstruct};
 ///   warpstep reconstruct photos/*.png --noise 0.2 -o noisy.png
 #[derive(Args)]
 pub struct Reconstruct {
-    /// Pictures: PNG files whose sides divide by the model's token size (16).
+    /// Pictures: PNG, JPEG or WebP files whose sides divide by the model's token size (16).
     #[arg(value_name = "IMAGE", required = true)]
     images: Vec<PathBuf>,
 
