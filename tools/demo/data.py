@@ -95,17 +95,30 @@ class Pool:
         self.sources = list(state["sources"]) if "sources" in state else [None] * len(self.texts)
 
 
-def make_batch(picks, tok, grid, rng, drop_text=0.1, drop_all=0.04, noise=0.03):
+def without_word(text, rng):
+    """The caption without one of its colours or shapes, so that each is learned on its own and pairs that training
+    never shows can be put together from what it does show."""
+    words = text.split(" ")
+    named = [i for i, word in enumerate(words) if word.strip(".").rstrip("s") in (*scenes.COLOURS, *scenes.SHAPES)]
+    if named:
+        del words[named[rng.integers(len(named))]]
+    return " ".join(words)
+
+
+def make_batch(picks, tok, grid, rng, drop_text=0.1, drop_all=0.04, drop_word=0.0, noise=0.03):
     """A `Batch` from picks, a list of (pool, index) on one grid.
 
     `drop_text` of the rows lose their text, `drop_all` of the edits their source picture as well, which trains the
-    branches of classifier-free guidance. Input and target tokens get Gaussian noise of `noise`."""
+    branches of classifier-free guidance; `drop_word` of the captions (not of edits) lose one word. Input and target tokens get Gaussian noise of `noise`."""
     prefix = image_prefix(tok, grid)
     count = grid[0] * grid[1]
     rows, given, starts = [], [], []
     for pool, index in picks:
         source, chance = pool.sources[index], rng.random()
-        text = [] if chance < drop_text else tok.encode(pool.texts[index], add_special_tokens=False).ids
+        words = pool.texts[index]
+        if source is None and rng.random() < drop_word:
+            words = without_word(words, rng)
+        text = [] if chance < drop_text else tok.encode(words, add_special_tokens=False).ids
         row = []
         if source is not None and chance >= drop_all:
             row = prefix + [HOLE] * count + [EOI]

@@ -34,6 +34,7 @@ class Stream:
     early: float
     late: float
     rows: int
+    mix: tuple = ()  # fixed shares of the kinds, in place of MIX_EARLY and MIX_LATE
 
 
 # Shares of "one", "two" and "row" within a captioned stream, before and after `switch`: single objects first.
@@ -44,6 +45,12 @@ PLANS = {
         Stream(CAPTIONED, (4, 4), 0.75, 0.68, 48),
         Stream(CAPTIONED, (4, 8), 0.0, 0.06, 32),
         Stream(("edit",), (4, 4), 0.25, 0.26, 32),
+    ),
+    # For weights that draw single objects already: two objects are what is left to learn.
+    "refine": (
+        Stream(CAPTIONED, (4, 4), 0.67, 0.67, 48, (0.40, 0.44, 0.16)),
+        Stream(CAPTIONED, (4, 8), 0.03, 0.03, 32),
+        Stream(("edit",), (4, 4), 0.30, 0.30, 32),
     ),
     "square": (Stream(CAPTIONED, (8, 8), 1.0, 1.0, 32),),
     "full": (
@@ -58,8 +65,9 @@ PLANS = {
 class Source:
     """The pools of a plan: grows them and draws batches from them."""
 
-    def __init__(self, plan, switch, vae, tok, seed, capacity):
+    def __init__(self, plan, switch, vae, tok, seed, capacity, drop_word):
         self.streams, self.switch, self.vae, self.tok = PLANS[plan], switch, vae, tok
+        self.drop_word = drop_word
         self.rng = np.random.default_rng(seed)
         self.pools = {}
         for stream in self.streams:
@@ -75,6 +83,8 @@ class Source:
         """How the rows of a batch divide among the stream's kinds."""
         if stream.kinds == ("edit",):
             return (1.0,)
+        if stream.mix:
+            return stream.mix
         return MIX_EARLY if progress < self.switch else MIX_LATE
 
     def grow(self, progress, count):
@@ -96,7 +106,7 @@ class Source:
         kinds = self.rng.choice(len(shares), stream.rows, p=shares / shares.sum())
         pools = [self.pools[stream.kinds[k], stream.grid] for k in kinds]
         picks = [(pool, int(self.rng.integers(len(pool)))) for pool in pools]
-        return stream, data.make_batch(picks, self.tok, stream.grid, self.rng)
+        return stream, data.make_batch(picks, self.tok, stream.grid, self.rng, drop_word=self.drop_word)
 
     def state_dict(self):
         """Pools and random state."""
@@ -155,7 +165,7 @@ class Trainer:
         start = layout.load_model(args.start) if args.start else NextStep(ModelConfig())
         self.model = start.to(self.device)
         vae = layout.load_vae(args.vae, self.device).eval().requires_grad_(False)
-        self.source = Source(args.plan, args.switch, vae, self.tok, args.seed, args.pool)
+        self.source = Source(args.plan, args.switch, vae, self.tok, args.seed, args.pool, args.drop_word)
         self.optimisers = optim.build(*split_parameters(self.model), args.muon_lr, args.adam_lr)
         self.average = {k: v.detach().clone() for k, v in self.model.state_dict().items()}
         self.steps, self.elapsed = 0, 0.0
@@ -255,6 +265,7 @@ def main():
     parser.add_argument("--adam-lr", type=float, default=1.4e-3)
     parser.add_argument("--draws", type=int, default=3, help="noise draws per image token (fm_head_batch_mul is 4)")
     parser.add_argument("--average", type=float, default=0.995, help="decay of the moving average of the weights")
+    parser.add_argument("--drop-word", type=float, default=0.06, help="rows whose caption loses a colour or a shape")
     parser.add_argument("--pool", type=int, default=24000, help="encoded examples kept per grid, about")
     parser.add_argument("--first-pictures", type=int, default=1500, help="examples to encode before the first step")
     parser.add_argument("--encode-share", type=float, default=0.1, help="part of the time spent on new examples")
