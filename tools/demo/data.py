@@ -9,6 +9,7 @@ import dataclasses
 import numpy as np
 import torch
 
+import precision
 import sampler
 import scenes
 from tokenizer import SPECIAL_IDS, image_prefix
@@ -66,7 +67,7 @@ class Pool:
             after.append(target)
         pictures = np.stack(before + [scenes.render(s, *side) for s in after])
         device = next(vae.parameters()).device.type
-        with torch.autocast(device, torch.bfloat16):
+        with precision.autocast(device):
             tokens = sampler.encode_pictures(vae, pictures, batch=8).cpu().half()
         rows = list(zip(texts, tokens[-count:], tokens[:count], (scenes.keep_chances(s, self.grid) for s in after)))
         for text, target, source, keep in rows:

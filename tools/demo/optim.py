@@ -4,6 +4,8 @@ import math
 
 import torch
 
+import precision
+
 ITERATIONS = 5
 QUINTIC = (3.4445, -4.7750, 2.0315)
 
@@ -11,7 +13,7 @@ QUINTIC = (3.4445, -4.7750, 2.0315)
 def orthogonalise(stack):
     """Newton-Schulz towards the nearest orthogonal matrix of each [rows, cols] in `stack` [n, rows, cols]."""
     a, b, c = QUINTIC
-    x = stack.bfloat16()
+    x = stack.to(precision.product_type(stack.device.type))
     tall = x.shape[1] > x.shape[2]
     x = x.mT if tall else x
     x = x / (x.norm(dim=(1, 2), keepdim=True) + 1e-7)

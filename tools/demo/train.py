@@ -20,6 +20,7 @@ import torch.nn.functional as F
 import data
 import layout
 import optim
+import precision
 from model import ModelConfig, NextStep
 
 LM_WEIGHT = 0.01
@@ -215,7 +216,7 @@ class Trainer:
             progress = self.elapsed / budget
             rate = optim.set_rate(self.optimisers, self.steps, progress, hold=args.hold)
             stream, batch = self.source.batch(progress)
-            with torch.autocast(torch.device(self.device).type, torch.bfloat16):
+            with precision.autocast(torch.device(self.device).type):
                 flow, lm = losses(self.model, batch.to(self.device), args.draws)
             (flow + LM_WEIGHT * lm).backward()
             torch.nn.utils.clip_grad_norm_(self.model.parameters(), 1.0, foreach=True)

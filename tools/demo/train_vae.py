@@ -17,6 +17,7 @@ import torch
 
 import layout
 import optim
+import precision
 import scenes
 from vae import Vae, VaeConfig, to_signed
 
@@ -104,7 +105,7 @@ class Trainer:
             shares = np.array([share for _, _, share in choices])
             side, count, _ = choices[self.rng.choice(len(choices), p=shares / shares.sum())]
             pictures = draw_pictures(self.rng, side, count).to(self.device)
-            with torch.autocast(torch.device(self.device).type, torch.bfloat16):
+            with precision.autocast(torch.device(self.device).type):
                 loss, squared = loss_of(self.vae, pictures, min(1.0, self.steps / NOISE_RAMP_STEPS), train_encoder)
             loss.backward()
             torch.nn.utils.clip_grad_norm_(self.vae.parameters(), 1.0)
