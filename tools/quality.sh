@@ -14,10 +14,15 @@
 # from DIR2, a folder of the same captions made by this script or by `tools/demo/evaluate.py --save`. --strict exits
 # with 1 unless every picture is right.
 #
-# WARPSTEP names the binary (target/release/warpstep), PYTHON an interpreter with numpy, scipy and pillow (python3).
+# WARPSTEP names the binary (target/release/warpstep), PYTHON an interpreter with numpy, scipy and pillow (python3,
+# with what tools/setup.sh installed).
 set -euo pipefail
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 warpstep=${WARPSTEP:-$root/target/release/warpstep}
+# The packages in .check belong to the machine's own python3: another interpreter brings its own.
+if [[ -z ${PYTHON:-} && -d $root/.check ]]; then
+    export PYTHONPATH=$root/.check
+fi
 check=("${PYTHON:-python3}" "$root/tools/demo/check.py")
 
 usage() {
