@@ -7,7 +7,10 @@
  */
 #include "project.cuh"
 
-KERNEL(down_plain_f32, ProjectParams, 256, 2) { project<float, false>(p); }
-KERNEL(down_plain_bf16, ProjectParams, 256, 2) { project<bf16, false>(p); }
-KERNEL(down_tile_f32, ProjectParams, 256, 2) { project<float, true>(p); }
-KERNEL(down_tile_bf16, ProjectParams, 256, 2) { project<bf16, true>(p); }
+KERNEL(down_plain_f32, ProjectParams, 256, 2) { project<float, Loop::kPlain>(p); }
+KERNEL(down_plain_bf16, ProjectParams, 256, 2) { project<bf16, Loop::kPlain>(p); }
+KERNEL(down_tile_f32, ProjectParams, 256, 2) { project<float, Loop::kTile>(p); }
+KERNEL(down_tile_bf16, ProjectParams, 256, 2) { project<bf16, Loop::kTile>(p); }
+KERNEL(down_stream_bf16, ProjectParams, 256, 2) { project<bf16, Loop::kStream>(p); }
+KERNEL(down_ring_bf16, ProjectParams, 256, 2) { project<bf16, Loop::kRing>(p); }
+KERNEL(down_mma_bf16, ProjectParams, 256, 1) { project<bf16, Loop::kMma>(p); }

@@ -9,10 +9,9 @@
  * A unit (gemv.cuh) is gate row i with up row i.
  * Variants: plain (warp per unit, one pass over w for up to 8 rows), tile (64 x 64 tiles, many rows).
  */
-#include "gemm_tile.cuh"
-#include "gemv.cuh"
+#include "product.cuh"
 
-template <class E, bool TILE>
+template <class E, Loop LOOP>
 DEV void gate_up(const GateUpParams& p) {
   const E* gate_bias = ptr<const E>(p.gate_bias);
   const E* up_bias = ptr<const E>(p.up_bias);
@@ -26,19 +25,22 @@ DEV void gate_up(const GateUpParams& p) {
     act[size_t(row) * p.intermediate + unit] = from_f32<E>(round_to<E>(silu(gate)) * up);
   };
 
-  griddep_launch();
-  if (!TILE) gemv_prefetch<E>(p.hidden, p.intermediate, weight);
-  griddep_wait();
-  const Normed<E> h{ptr<const float>(p.x), ptr<const E>(p.norm_w), nullptr, p.eps};
-  const bool vec = p.hidden % 8 == 0 && aligned16(p.x | p.norm_w | p.w_gate | p.w_up);
-  if (TILE) {
-    gemm_tile<E>(h, p.rows, p.hidden, p.intermediate, vec, weight, emit);
-  } else {
-    gemv<E>(h, p.rows, p.hidden, p.intermediate, vec, weight, emit);
-  }
+  /* Packed, both weights are one tensor at w_gate. */
+  const Product shape = {p.rows,
+                         p.hidden,
+                         p.intermediate,
+                         p.hidden % 8 == 0 && aligned16(p.x | p.norm_w | p.w_gate | p.w_up),
+                         p.w_gate,
+                         p.partial,
+                         p.arrivals};
+  auto activations = [&] { return Normed<E>{ptr<const float>(p.x), ptr<const E>(p.norm_w), nullptr, p.eps}; };
+  product<LOOP, E>(shape, activations, weight, emit);
 }
 
-KERNEL(gate_up_plain_f32, GateUpParams, 256, 2) { gate_up<float, false>(p); }
-KERNEL(gate_up_plain_bf16, GateUpParams, 256, 2) { gate_up<bf16, false>(p); }
-KERNEL(gate_up_tile_f32, GateUpParams, 256, 2) { gate_up<float, true>(p); }
-KERNEL(gate_up_tile_bf16, GateUpParams, 256, 2) { gate_up<bf16, true>(p); }
+KERNEL(gate_up_plain_f32, GateUpParams, 256, 2) { gate_up<float, Loop::kPlain>(p); }
+KERNEL(gate_up_plain_bf16, GateUpParams, 256, 2) { gate_up<bf16, Loop::kPlain>(p); }
+KERNEL(gate_up_tile_f32, GateUpParams, 256, 2) { gate_up<float, Loop::kTile>(p); }
+KERNEL(gate_up_tile_bf16, GateUpParams, 256, 2) { gate_up<bf16, Loop::kTile>(p); }
+KERNEL(gate_up_stream_bf16, GateUpParams, 256, 2) { gate_up<bf16, Loop::kStream>(p); }
+KERNEL(gate_up_ring_bf16, GateUpParams, 256, 2) { gate_up<bf16, Loop::kRing>(p); }
+KERNEL(gate_up_mma_bf16, GateUpParams, 256, 1) { gate_up<bf16, Loop::kMma>(p); }

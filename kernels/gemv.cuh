@@ -76,6 +76,20 @@ DEV float normed_value(const Normed<E>& h, float x, float inverse_rms, uint32_t 
   return round_to<E>(round_to<E>(x * inverse_rms) * to_f32(h.norm_w[k]));
 }
 
+/* Eight elements of x from k on become h. */
+template <class E>
+DEV void normalise8(float (&f)[8], const Normed<E>& h, float inverse_rms, uint32_t k) {
+  float w[8];
+  load8(w, h.norm_w + k);
+#pragma unroll
+  for (int i = 0; i < 8; i++) f[i] = round_to<E>(round_to<E>(f[i] * inverse_rms) * w[i]);
+  if (h.add) {
+    load8(w, h.add + k);
+#pragma unroll
+    for (int i = 0; i < 8; i++) f[i] = round_to<E>(f[i] + w[i]);
+  }
+}
+
 template <class E>
 DEV void activation8(float (&f)[8], const Raw<E>& h, const float*, size_t row, uint32_t k, uint32_t inner) {
   load8(f, h.in + row * inner + k);
@@ -87,16 +101,8 @@ DEV float activation(const Raw<E>& h, const float*, size_t row, uint32_t k, uint
 template <class E>
 DEV void activation8(float (&f)[8], const Normed<E>& h, const float* inverse_rms, size_t row, uint32_t k,
                      uint32_t inner) {
-  float w[8];
   load8(f, h.x + row * inner + k);
-  load8(w, h.norm_w + k);
-#pragma unroll
-  for (int i = 0; i < 8; i++) f[i] = round_to<E>(round_to<E>(f[i] * *inverse_rms) * w[i]);
-  if (h.add) {
-    load8(w, h.add + k);
-#pragma unroll
-    for (int i = 0; i < 8; i++) f[i] = round_to<E>(f[i] + w[i]);
-  }
+  normalise8(f, h, *inverse_rms, k);
 }
 template <class E>
 DEV float activation(const Normed<E>& h, const float* inverse_rms, size_t row, uint32_t k, uint32_t inner) {

@@ -7,10 +7,9 @@
  * A unit (gemv.cuh) is two neighbouring outputs.
  * Variants: plain (warp per unit, one pass over w for up to 8 rows), tile (64 x 64 tiles, many rows).
  */
-#include "gemm_tile.cuh"
-#include "gemv.cuh"
+#include "product.cuh"
 
-template <class E, bool TILE>
+template <class E, Loop LOOP>
 DEV void linear(const LinearParams& p) {
   const E* w = ptr<const E>(p.w);
   const E* bias = ptr<const E>(p.bias);
@@ -33,20 +32,16 @@ DEV void linear(const LinearParams& p) {
     if (unit * 2 + 1 < p.outputs) emit_one(row, unit * 2 + 1, b);
   };
 
-  const uint32_t units = (p.outputs + 1) / 2;
-  griddep_launch();
-  if (!TILE) gemv_prefetch<E>(p.inner, units, weight);
-  griddep_wait();
-  const Raw<E> h{ptr<const E>(p.x)};
-  const bool vec = p.inner % 8 == 0 && aligned16(p.x | p.w);
-  if (TILE) {
-    gemm_tile<E>(h, p.rows, p.inner, units, vec, weight, emit);
-  } else {
-    gemv<E>(h, p.rows, p.inner, units, vec, weight, emit);
-  }
+  const Product shape = {p.rows, p.inner, (p.outputs + 1) / 2, p.inner % 8 == 0 && aligned16(p.x | p.w),
+                         p.w,    p.partial, p.arrivals};
+  auto activations = [&] { return Raw<E>{ptr<const E>(p.x)}; };
+  product<LOOP, E>(shape, activations, weight, emit);
 }
 
-KERNEL(linear_plain_f32, LinearParams, 256, 2) { linear<float, false>(p); }
-KERNEL(linear_plain_bf16, LinearParams, 256, 2) { linear<bf16, false>(p); }
-KERNEL(linear_tile_f32, LinearParams, 256, 2) { linear<float, true>(p); }
-KERNEL(linear_tile_bf16, LinearParams, 256, 2) { linear<bf16, true>(p); }
+KERNEL(linear_plain_f32, LinearParams, 256, 2) { linear<float, Loop::kPlain>(p); }
+KERNEL(linear_plain_bf16, LinearParams, 256, 2) { linear<bf16, Loop::kPlain>(p); }
+KERNEL(linear_tile_f32, LinearParams, 256, 2) { linear<float, Loop::kTile>(p); }
+KERNEL(linear_tile_bf16, LinearParams, 256, 2) { linear<bf16, Loop::kTile>(p); }
+KERNEL(linear_stream_bf16, LinearParams, 256, 2) { linear<bf16, Loop::kStream>(p); }
+KERNEL(linear_ring_bf16, LinearParams, 256, 2) { linear<bf16, Loop::kRing>(p); }
+KERNEL(linear_mma_bf16, LinearParams, 256, 1) { linear<bf16, Loop::kMma>(p); }

@@ -7,7 +7,7 @@
  * Bound at 14B: 52.4 MB of bf16 weights per token.
  * A unit (gemv.cuh) is two neighbouring outputs. Variants: plain.
  */
-#include "gemv.cuh"
+#include "product.cuh"
 
 /* Every block writes its share of norm_out [rows, D]. */
 template <class E>
@@ -25,7 +25,7 @@ DEV void write_norm(const OutProjParams& p, Normed<E> h) {
   }
 }
 
-template <class E>
+template <class E, Loop LOOP>
 DEV void out_proj(const OutProjParams& p) {
   const E* w = ptr<const E>(p.w);
   const E* bias = ptr<const E>(p.bias);
@@ -41,20 +41,28 @@ DEV void out_proj(const OutProjParams& p) {
     if (out + 1 < p.hidden) to[1] = from_f32<E>(b + to_f32(bias[out + 1]));
   };
 
-  const uint32_t units = (p.hidden + 1) / 2;
-  griddep_launch();
-  gemv_prefetch<E>(p.hidden, units, weight);
-  griddep_wait();
-  Normed<E> h{ptr<const float>(p.x), ptr<const E>(p.norm_w), nullptr, p.eps};
-  if (p.norm_out) write_norm(p, h);
-  if (p.pos_embed) {
-    const uint32_t token = ptr<const GenerationState>(p.state)->token;
-    /* The table ends before the image does only if the request was not checked: no row is added then. */
-    if (token < p.pos_rows) h.add = ptr<const E>(p.pos_embed) + size_t(token) * p.hidden;
-  }
-  const bool vec = p.hidden % 8 == 0 && aligned16(p.x | p.norm_w | p.pos_embed | p.w);
-  gemv<E>(h, p.rows, p.hidden, units, vec, weight, emit);
+  const Product shape = {p.rows,
+                         p.hidden,
+                         (p.hidden + 1) / 2,
+                         p.hidden % 8 == 0 && aligned16(p.x | p.norm_w | p.pos_embed | p.w),
+                         p.w,
+                         p.partial,
+                         p.arrivals};
+  auto activations = [&] {
+    Normed<E> h{ptr<const float>(p.x), ptr<const E>(p.norm_w), nullptr, p.eps};
+    if (p.norm_out) write_norm(p, h);
+    if (p.pos_embed) {
+      const uint32_t token = ptr<const GenerationState>(p.state)->token;
+      /* The table ends before the image does only if the request was not checked: no row is added then. */
+      if (token < p.pos_rows) h.add = ptr<const E>(p.pos_embed) + size_t(token) * p.hidden;
+    }
+    return h;
+  };
+  product<LOOP, E>(shape, activations, weight, emit);
 }
 
-KERNEL(out_proj_plain_f32, OutProjParams, 256, 2) { out_proj<float>(p); }
-KERNEL(out_proj_plain_bf16, OutProjParams, 256, 2) { out_proj<bf16>(p); }
+KERNEL(out_proj_plain_f32, OutProjParams, 256, 2) { out_proj<float, Loop::kPlain>(p); }
+KERNEL(out_proj_plain_bf16, OutProjParams, 256, 2) { out_proj<bf16, Loop::kPlain>(p); }
+KERNEL(out_proj_stream_bf16, OutProjParams, 256, 2) { out_proj<bf16, Loop::kStream>(p); }
+KERNEL(out_proj_ring_bf16, OutProjParams, 256, 2) { out_proj<bf16, Loop::kRing>(p); }
+KERNEL(out_proj_mma_bf16, OutProjParams, 256, 1) { out_proj<bf16, Loop::kMma>(p); }

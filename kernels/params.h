@@ -48,7 +48,7 @@ typedef struct {
 typedef struct {
   uint64_t x;           /* [M, D] float: residual stream */
   uint64_t norm_w;      /* [D] E */
-  uint64_t w;           /* [(Q+2G)*d, D] E: q rows, k rows, v rows */
+  uint64_t w;           /* [(Q+2G)*d, D] E: q rows, k rows, v rows; packed for stream, ring and mma */
   uint64_t bias;        /* [(Q+2G)*d] E, optional */
   uint64_t rope;        /* [positions, d] float: d/2 cosines, then d/2 sines, already rounded to E */
   uint64_t row_seq;     /* [M] uint32: sequence of the row */
@@ -57,6 +57,8 @@ typedef struct {
   uint64_t q;           /* [M, Q, d] E, written */
   uint64_t k_cache;     /* [S, G, capacity, d] E, slot row_pos written */
   uint64_t v_cache;     /* [S, G, capacity, d] E, slot row_pos written */
+  uint64_t partial;     /* [groups of 8 rows, blocks, 2, 128] float: sums of tiles that blocks share; stream, ring */
+  uint64_t arrivals;    /* [groups of 8 rows, blocks] uint32, zero before and after every launch; stream, ring */
   uint32_t rows, hidden, heads_q, heads_kv, head_dim, capacity, positions;
   float eps;
 } QkvParams;
@@ -79,9 +81,11 @@ typedef struct {
 /* x[m, :] += w in[m, :] + bias: the output projection and the MLP's down projection */
 typedef struct {
   uint64_t in;   /* [M, K] E */
-  uint64_t w;    /* [D, K] E */
+  uint64_t w;    /* [D, K] E; packed for stream, ring and mma */
   uint64_t bias; /* [D] E, optional */
   uint64_t x;    /* [M, D] float, read and written */
+  uint64_t partial;   /* [groups of 8 rows, blocks, 2, 128] float: sums of tiles that blocks share; stream, ring */
+  uint64_t arrivals;  /* [groups of 8 rows, blocks] uint32, zero before and after every launch; stream, ring */
   uint32_t rows, hidden, inner, pad; /* inner = K */
 } ProjectParams;
 
@@ -89,11 +93,13 @@ typedef struct {
 typedef struct {
   uint64_t x;         /* [M, D] float */
   uint64_t norm_w;    /* [D] E */
-  uint64_t w_gate;    /* [I, D] E */
+  uint64_t w_gate;    /* [I, D] E; for stream, ring and mma both weights, packed */
   uint64_t w_up;      /* [I, D] E */
   uint64_t gate_bias; /* [I] E, optional */
   uint64_t up_bias;   /* [I] E, optional */
   uint64_t act;       /* [M, I] E, written */
+  uint64_t partial;   /* [groups of 8 rows, blocks, 2, 128] float: sums of tiles that blocks share; stream, ring */
+  uint64_t arrivals;  /* [groups of 8 rows, blocks] uint32, zero before and after every launch; stream, ring */
   uint32_t rows, hidden, intermediate;
   float eps;
 } GateUpParams;
@@ -104,10 +110,12 @@ typedef struct {
   uint64_t norm_w;    /* [D] E */
   uint64_t pos_embed; /* [pos_rows, D] E, optional: row state.token is added */
   uint64_t state;     /* GenerationState; read only with pos_embed */
-  uint64_t w;         /* [D, D] E */
+  uint64_t w;         /* [D, D] E; packed for stream, ring and mma */
   uint64_t bias;      /* [D] E */
   uint64_t norm_out;  /* [S, D] E, written: h, before the position row is added; optional */
   uint64_t c;         /* [S, D] E, written */
+  uint64_t partial;   /* [groups of 8 rows, blocks, 2, 128] float: sums of tiles that blocks share; stream, ring */
+  uint64_t arrivals;  /* [groups of 8 rows, blocks] uint32, zero before and after every launch; stream, ring */
   uint32_t rows, hidden, pos_rows;
   float eps;
 } OutProjParams;
@@ -115,9 +123,11 @@ typedef struct {
 /* y = act(w x + bias) */
 typedef struct {
   uint64_t x;    /* [M, K] E */
-  uint64_t w;    /* [O, K] E */
+  uint64_t w;    /* [O, K] E; packed for stream, ring and mma */
   uint64_t bias; /* [O] E, optional */
   uint64_t y;    /* [M, O] E, or float with out_f32, written */
+  uint64_t partial;  /* [groups of 8 rows, blocks, 2, 128] float: sums of tiles that blocks share; stream, ring */
+  uint64_t arrivals; /* [groups of 8 rows, blocks] uint32, zero before and after every launch; stream, ring */
   uint32_t rows, outputs, inner; /* inner = K */
   uint32_t silu;    /* 0 or 1 */
   uint32_t out_f32; /* 0 or 1 */

@@ -6,10 +6,9 @@
  * has one owner, so the in-place addition needs no atomics and gives the same bits every time.
  */
 #pragma once
-#include "gemm_tile.cuh"
-#include "gemv.cuh"
+#include "product.cuh"
 
-template <class E, bool TILE>
+template <class E, Loop LOOP>
 DEV void project(const ProjectParams& p) {
   const E* w = ptr<const E>(p.w);
   const E* bias = ptr<const E>(p.bias);
@@ -25,15 +24,8 @@ DEV void project(const ProjectParams& p) {
     if (out + 1 < p.hidden) to[1] += round_to<E>(bias ? b + to_f32(bias[out + 1]) : b);
   };
 
-  const uint32_t units = (p.hidden + 1) / 2;
-  griddep_launch();
-  if (!TILE) gemv_prefetch<E>(p.inner, units, weight);
-  griddep_wait();
-  const Raw<E> h{ptr<const E>(p.in)};
-  const bool vec = p.inner % 8 == 0 && aligned16(p.in | p.w);
-  if (TILE) {
-    gemm_tile<E>(h, p.rows, p.inner, units, vec, weight, emit);
-  } else {
-    gemv<E>(h, p.rows, p.inner, units, vec, weight, emit);
-  }
+  const Product shape = {p.rows, p.inner, (p.hidden + 1) / 2, p.inner % 8 == 0 && aligned16(p.in | p.w),
+                         p.w,    p.partial, p.arrivals};
+  auto activations = [&] { return Raw<E>{ptr<const E>(p.in)}; };
+  product<LOOP, E>(shape, activations, weight, emit);
 }

@@ -12,10 +12,9 @@
  * cut the same way.
  * Variants: plain (warp per pair, one pass over w for up to 8 rows), tile (64 x 64 tiles, many rows).
  */
-#include "gemm_tile.cuh"
-#include "gemv.cuh"
+#include "product.cuh"
 
-template <class E, bool TILE>
+template <class E, Loop LOOP>
 DEV void qkv(const QkvParams& p) {
   const uint32_t half = p.head_dim / 2;
   const E* w = ptr<const E>(p.w);
@@ -57,20 +56,21 @@ DEV void qkv(const QkvParams& p) {
     to[j + half] = from_f32<E>(b);
   };
 
-  const uint32_t units = (p.heads_q + 2 * p.heads_kv) * half;
-  griddep_launch();
-  if (!TILE) gemv_prefetch<E>(p.hidden, units, weight);
-  griddep_wait();
-  const Normed<E> h{ptr<const float>(p.x), ptr<const E>(p.norm_w), nullptr, p.eps};
-  const bool vec = p.hidden % 8 == 0 && aligned16(p.x | p.norm_w | p.w);
-  if (TILE) {
-    gemm_tile<E>(h, p.rows, p.hidden, units, vec, weight, emit);
-  } else {
-    gemv<E>(h, p.rows, p.hidden, units, vec, weight, emit);
-  }
+  const Product shape = {p.rows,
+                         p.hidden,
+                         (p.heads_q + 2 * p.heads_kv) * half,
+                         p.hidden % 8 == 0 && aligned16(p.x | p.norm_w | p.w),
+                         p.w,
+                         p.partial,
+                         p.arrivals};
+  auto activations = [&] { return Normed<E>{ptr<const float>(p.x), ptr<const E>(p.norm_w), nullptr, p.eps}; };
+  product<LOOP, E>(shape, activations, weight, emit);
 }
 
-KERNEL(qkv_plain_f32, QkvParams, 256, 2) { qkv<float, false>(p); }
-KERNEL(qkv_plain_bf16, QkvParams, 256, 2) { qkv<bf16, false>(p); }
-KERNEL(qkv_tile_f32, QkvParams, 256, 2) { qkv<float, true>(p); }
-KERNEL(qkv_tile_bf16, QkvParams, 256, 2) { qkv<bf16, true>(p); }
+KERNEL(qkv_plain_f32, QkvParams, 256, 2) { qkv<float, Loop::kPlain>(p); }
+KERNEL(qkv_plain_bf16, QkvParams, 256, 2) { qkv<bf16, Loop::kPlain>(p); }
+KERNEL(qkv_tile_f32, QkvParams, 256, 2) { qkv<float, Loop::kTile>(p); }
+KERNEL(qkv_tile_bf16, QkvParams, 256, 2) { qkv<bf16, Loop::kTile>(p); }
+KERNEL(qkv_stream_bf16, QkvParams, 256, 2) { qkv<bf16, Loop::kStream>(p); }
+KERNEL(qkv_ring_bf16, QkvParams, 256, 2) { qkv<bf16, Loop::kRing>(p); }
+KERNEL(qkv_mma_bf16, QkvParams, 256, 1) { qkv<bf16, Loop::kMma>(p); }

@@ -166,6 +166,7 @@ impl Engine {
             (&config, &weights),
             (&vae_config, &vae_weights),
             options.dtype,
+            &options.kernels,
         )?;
         let defaults = Defaults::for_checkpoint(&name, config.hidden_size);
         Ok(Engine { device, model: Arc::new(model), options, tokenizer, name, defaults })

@@ -6,6 +6,7 @@
 use std::sync::Arc;
 use warpstep::device::emulated::{EmulatedDevice, EmulatedOptions, LaunchAudit, build_kind};
 use warpstep::device::{Buffer, Device, Node, Span, Stream};
+use warpstep::ops::product::{Layout, ProductScratch, Weight};
 use warpstep::ops::{self, DType, Launch, Selection, params::SolverStep};
 
 const HIDDEN: usize = 5120;
@@ -78,22 +79,38 @@ impl Bench {
 /// At most this much may be read beyond one pass.
 const ONCE: f64 = 1.02;
 
+/// The shares of 132 SMs start and end within tiles; both ways of loading them, and the one for prompts.
 #[test]
 fn one_decoder_layer_reads_every_weight_once() {
     let Some(mut bench) = Bench::new() else { return };
-    let selection = Selection::default();
+    for variant in ["stream", "ring"] {
+        decoder_layer(&mut bench, variant, &[1, 2, 3]);
+    }
+    decoder_layer(&mut bench, "mma", &[37]);
+}
+
+/// Also what is read beside the weights: every block reads the rows, the norm's weight and its part of the rest.
+fn decoder_layer(bench: &mut Bench, variant: &str, row_counts: &[usize]) {
+    let chosen = ["qkv", "o_proj", "gate_up", "down", "out_proj"].map(|op| format!("{op}={variant}"));
+    let selection = Selection::parse(&chosen).unwrap();
     let launch = Launch { selection: &selection, dtype: DType::Bf16, sm_count: 132, dependent: false };
+    let scratch = |bench: &mut Bench, rows: usize| {
+        let (floats, counters) = ProductScratch::sizes(132, rows);
+        let (partial, arrivals) = (bench.zeros("partial", floats * 4), bench.zeros("arrivals", counters * 4));
+        Some(ProductScratch { partial, arrivals })
+    };
+    let tiles = |span: Span| Weight { span, layout: Layout::Tiles };
     let qkv_rows = (HEADS_Q + 2 * HEADS_KV) * HEAD_DIM;
     let w_qkv = bench.zeros("w_qkv", qkv_rows * HIDDEN * E);
     let bias = bench.zeros("bias", qkv_rows * E);
     let w_o = bench.zeros("w_o", HIDDEN * HEADS_Q * HEAD_DIM * E);
-    let w_gate = bench.zeros("w_gate", INTERMEDIATE * HIDDEN * E);
-    let w_up = bench.zeros("w_up", INTERMEDIATE * HIDDEN * E);
+    let w_gate_up = bench.zeros("w_gate_up", 2 * INTERMEDIATE * HIDDEN * E);
     let w_down = bench.zeros("w_down", INTERMEDIATE * HIDDEN * E);
     let w_out = bench.zeros("w_out", HIDDEN * HIDDEN * E);
     let norm_w = bench.zeros("norm_w", HIDDEN * E);
     let rope = bench.zeros("rope", CAPACITY * HEAD_DIM * 4);
-    for rows in 1..=3usize {
+    for &rows in row_counts {
+        let scratch = scratch(bench, rows);
         let x = bench.zeros("x", rows * HIDDEN * 4);
         let row_seq = bench.indices("row_seq", &(0..rows as u32).collect::<Vec<_>>());
         let row_pos = bench.indices("row_pos", &vec![17; rows]);
@@ -106,7 +123,7 @@ fn one_decoder_layer_reads_every_weight_once() {
         let qkv = ops::qkv::Args {
             x,
             norm_w,
-            w: w_qkv,
+            w: tiles(w_qkv),
             bias: Some(bias),
             rope,
             row_seq,
@@ -124,25 +141,26 @@ fn one_decoder_layer_reads_every_weight_once() {
             capacity: CAPACITY,
             positions: CAPACITY,
             eps: 1e-5,
+            scratch,
         };
         let audit = bench.run(&ops::qkv::node(&launch, "qkv", &qkv).unwrap());
         bench.expect(&audit, "w_qkv", w_qkv.bytes, ONCE);
         let o = ops::project::Args {
             input: q,
-            w: w_o,
+            w: tiles(w_o),
             bias: None,
             x,
             rows,
             hidden: HIDDEN,
             inner: HEADS_Q * HEAD_DIM,
+            scratch,
         };
         let audit = bench.run(&ops::o_proj::node(&launch, "o_proj", &o).unwrap());
         bench.expect(&audit, "w_o", w_o.bytes, ONCE);
         let gate_up = ops::gate_up::Args {
             x,
             norm_w,
-            w_gate,
-            w_up,
+            w: ops::gate_up::Weights::Tiles(w_gate_up),
             gate_bias: None,
             up_bias: None,
             act,
@@ -150,18 +168,19 @@ fn one_decoder_layer_reads_every_weight_once() {
             hidden: HIDDEN,
             intermediate: INTERMEDIATE,
             eps: 1e-5,
+            scratch,
         };
         let audit = bench.run(&ops::gate_up::node(&launch, "gate_up", &gate_up).unwrap());
-        bench.expect(&audit, "w_gate", w_gate.bytes, ONCE);
-        bench.expect(&audit, "w_up", w_up.bytes, ONCE);
+        bench.expect(&audit, "w_gate_up", w_gate_up.bytes, ONCE);
         let down = ops::project::Args {
             input: act,
-            w: w_down,
+            w: tiles(w_down),
             bias: None,
             x,
             rows,
             hidden: HIDDEN,
             inner: INTERMEDIATE,
+            scratch,
         };
         let audit = bench.run(&ops::down::node(&launch, "down", &down).unwrap());
         bench.expect(&audit, "w_down", w_down.bytes, ONCE);
@@ -169,13 +188,14 @@ fn one_decoder_layer_reads_every_weight_once() {
             x,
             norm_w,
             pos_embed: None,
-            w: w_out,
+            w: tiles(w_out),
             bias: norm_w,
             norm_out: None,
             c,
             rows,
             hidden: HIDDEN,
             eps: 1e-5,
+            scratch,
         };
         let audit = bench.run(&ops::out_proj::node(&launch, "out_proj", &out).unwrap());
         bench.expect(&audit, "w_out", w_out.bytes, ONCE);
@@ -193,9 +213,11 @@ fn the_flow_head_reads_modulations_once_and_the_chain_once_per_evaluation() {
     let cond_in = bench.zeros("cond_in", rows * HIDDEN * E);
     let w_cond = bench.zeros("w_cond", WIDTH * HIDDEN * E);
     let cond = bench.zeros("cond", rows * WIDTH * E);
+    let (floats, counters) = ProductScratch::sizes(132, rows);
+    let (partial, arrivals) = (bench.zeros("partial", floats * 4), bench.zeros("arrivals", counters * 4));
     let linear = ops::linear::Args {
         x: cond_in,
-        w: w_cond,
+        w: Weight { span: w_cond, layout: Layout::Tiles },
         bias: None,
         y: cond,
         rows,
@@ -203,6 +225,7 @@ fn the_flow_head_reads_modulations_once_and_the_chain_once_per_evaluation() {
         inner: HIDDEN,
         silu: false,
         out_f32: false,
+        scratch: Some(ProductScratch { partial, arrivals }),
     };
     let audit = bench.run(&ops::linear::node(&launch, "cond_embed", &linear).unwrap());
     bench.expect(&audit, "w_cond", w_cond.bytes, ONCE);

@@ -8,9 +8,11 @@ use std::sync::Arc;
 use warpstep::device::emulated::{EmulatedDevice, EmulatedOptions};
 use warpstep::device::{Node, Span};
 use warpstep::model::backbone::{attention_scale, rope_frequencies, rope_table};
-use warpstep::ops::harness::{Rig, Tensor, compare};
-use warpstep::ops::{self, DType, Launch, Selection};
+use warpstep::ops::harness::{Rig, Tensor, compare, encode};
+use warpstep::ops::product::{Layout, ProductScratch, Weight};
+use warpstep::ops::{self, DType, Form, Launch, Selection};
 use warpstep::reference::{Exact, PlainBf16, Precision, attention, gate_up, project, qkv};
+use warpstep::weights::pack::{Pairing, Tiles};
 
 const HIDDEN: usize = 5120;
 const INTERMEDIATE: usize = 13824;
@@ -23,14 +25,38 @@ const EPS: f32 = 1e-5;
 const LENGTHS: [usize; 3] = [20, 10, 7];
 const DTYPE: DType = DType::Bf16;
 
+/// Values for the reference; the device has the matrices packed.
 struct Weights {
     norms: [Tensor; 2],
-    qkv: Tensor,
+    qkv: Vec<f32>,
     qkv_bias: Tensor,
-    o: Tensor,
-    gate: Tensor,
-    up: Tensor,
-    down: Tensor,
+    o: Vec<f32>,
+    gate: Vec<f32>,
+    up: Vec<f32>,
+    down: Vec<f32>,
+    packed: Packed,
+}
+
+struct Packed {
+    qkv: Span,
+    o: Span,
+    gate_up: Span,
+    down: Span,
+}
+
+/// Uploads the matrix of `parts`, one over another, packed; gives back what they hold in bf16.
+fn pack<const N: usize>(
+    rig: &mut Rig,
+    name: &str,
+    inner: usize,
+    pairing: Pairing,
+    parts: [Vec<f32>; N],
+) -> ([Vec<f32>; N], Span) {
+    let rounded = parts.map(|part| encode(DTYPE, part));
+    let bytes: Vec<u8> = rounded.iter().flat_map(|(bytes, _)| bytes.iter().copied()).collect();
+    let tiles = Tiles::new(bytes.len() / (2 * inner), inner, pairing).unwrap();
+    let span = rig.bytes(name, &tiles.pack(&bytes).unwrap()).unwrap();
+    (rounded.map(|(_, values)| values), span)
 }
 
 /// Keys and values of every sequence as the reference keeps them: `[S, G, capacity, d]`.
@@ -55,7 +81,7 @@ fn reference<P: Precision>(
     let projected = qkv::qkv::<P>(&qkv::Qkv {
         x,
         norm_weight: &w.norms[0].values,
-        weight: &w.qkv.values,
+        weight: &w.qkv,
         bias: Some(&w.qkv_bias.values),
         rope,
         positions: row_pos,
@@ -89,7 +115,7 @@ fn reference<P: Precision>(
     });
     let x = narrow(&project::project::<P>(&project::Project {
         input: &narrow(&context),
-        weight: &w.o.values,
+        weight: &w.o,
         bias: None,
         x,
         inner: HEADS_Q * HEAD_DIM,
@@ -98,8 +124,8 @@ fn reference<P: Precision>(
     let act = gate_up::gate_up::<P>(&gate_up::GateUp {
         x: &x,
         norm_weight: &w.norms[1].values,
-        gate: &w.gate.values,
-        up: &w.up.values,
+        gate: &w.gate,
+        up: &w.up,
         gate_bias: None,
         up_bias: None,
         hidden_size: HIDDEN,
@@ -107,7 +133,7 @@ fn reference<P: Precision>(
     });
     narrow(&project::project::<P>(&project::Project {
         input: &narrow(&act),
-        weight: &w.down.values,
+        weight: &w.down,
         bias: None,
         x: &x,
         inner: INTERMEDIATE,
@@ -125,6 +151,7 @@ struct Pass {
     context: Span,
     act: Span,
     split: Option<ops::attention::SplitScratch>,
+    scratch: ProductScratch,
 }
 
 fn nodes(
@@ -137,19 +164,21 @@ fn nodes(
 ) -> Vec<Node> {
     let launch = Launch { selection, dtype: DTYPE, sm_count: 132, dependent: false };
     let (x, rows) = (pass.x.span, pass.rows);
-    let project = |input, weight: &Tensor, inner| ops::project::Args {
+    let tiles = |span| Weight { span, layout: Layout::Tiles };
+    let project = |input, weight: Span, inner| ops::project::Args {
         input,
-        w: weight.span,
+        w: tiles(weight),
         bias: None,
         x,
         rows,
         hidden: HIDDEN,
         inner,
+        scratch: Some(pass.scratch),
     };
     let qkv = ops::qkv::Args {
         x,
         norm_w: w.norms[0].span,
-        w: w.qkv.span,
+        w: tiles(w.packed.qkv),
         bias: Some(w.qkv_bias.span),
         rope: rope.span,
         row_seq: pass.row_seq,
@@ -167,6 +196,7 @@ fn nodes(
         capacity: CAPACITY,
         positions: CAPACITY,
         eps: EPS,
+        scratch: Some(pass.scratch),
     };
     let attention = ops::attention::Args {
         q: pass.q,
@@ -187,8 +217,7 @@ fn nodes(
     let gate_up = ops::gate_up::Args {
         x,
         norm_w: w.norms[1].span,
-        w_gate: w.gate.span,
-        w_up: w.up.span,
+        w: ops::gate_up::Weights::Tiles(w.packed.gate_up),
         gate_bias: None,
         up_bias: None,
         act: pass.act,
@@ -196,9 +225,10 @@ fn nodes(
         hidden: HIDDEN,
         intermediate: INTERMEDIATE,
         eps: EPS,
+        scratch: Some(pass.scratch),
     };
-    let o = project(pass.context, &w.o, HEADS_Q * HEAD_DIM);
-    let down = project(pass.act, &w.down, INTERMEDIATE);
+    let o = project(pass.context, w.packed.o, HEADS_Q * HEAD_DIM);
+    let down = project(pass.act, w.packed.down, INTERMEDIATE);
     vec![
         ops::qkv::node(&launch, "qkv", &qkv).unwrap(),
         ops::attention::node(&launch, "attention", &attention).unwrap(),
@@ -215,15 +245,25 @@ fn a_decoder_layer_of_the_14b_model_agrees_with_the_reference() {
     let q_width = HEADS_Q * HEAD_DIM;
     let kv_rows = (HEADS_Q + 2 * HEADS_KV) * HEAD_DIM;
     let small = |inner: usize| 1.0 / (inner as f32).sqrt();
-    let mut random = |name: &str, len: usize, scale: f32| rig.random(name, DTYPE, len, scale).unwrap();
+    let matrix = |rig: &mut Rig, rows: usize, inner: usize| rig.normal(rows * inner, small(inner));
+    let values = matrix(&mut rig, kv_rows, HIDDEN);
+    let rotary = Pairing::Rotary { head_dim: HEAD_DIM };
+    let ([qkv], packed_qkv) = pack(&mut rig, "qkv", HIDDEN, rotary, [values]);
+    let values = matrix(&mut rig, HIDDEN, q_width);
+    let ([o], packed_o) = pack(&mut rig, "o", q_width, Pairing::Neighbours, [values]);
+    let values = [matrix(&mut rig, INTERMEDIATE, HIDDEN), matrix(&mut rig, INTERMEDIATE, HIDDEN)];
+    let ([gate, up], gate_up) = pack(&mut rig, "gate_up", HIDDEN, Pairing::Stacked, values);
+    let values = matrix(&mut rig, HIDDEN, INTERMEDIATE);
+    let ([down], packed_down) = pack(&mut rig, "down", INTERMEDIATE, Pairing::Neighbours, [values]);
     let w = Weights {
-        norms: [random("norm0", HIDDEN, 1.0), random("norm1", HIDDEN, 1.0)],
-        qkv: random("qkv", kv_rows * HIDDEN, small(HIDDEN)),
-        qkv_bias: random("qkv_bias", kv_rows, 0.1),
-        o: random("o", HIDDEN * q_width, small(q_width)),
-        gate: random("gate", INTERMEDIATE * HIDDEN, small(HIDDEN)),
-        up: random("up", INTERMEDIATE * HIDDEN, small(HIDDEN)),
-        down: random("down", HIDDEN * INTERMEDIATE, small(INTERMEDIATE)),
+        norms: ["norm0", "norm1"].map(|name| rig.random(name, DTYPE, HIDDEN, 1.0).unwrap()),
+        qkv,
+        qkv_bias: rig.random("qkv_bias", DTYPE, kv_rows, 0.1).unwrap(),
+        o,
+        gate,
+        up,
+        down,
+        packed: Packed { qkv: packed_qkv, o: packed_o, gate_up, down: packed_down },
     };
     let table = rope_table(&rope_frequencies(1e6, HEAD_DIM), CAPACITY, DTYPE);
     let rope = rig.input("rope", DType::F32, table).unwrap();
@@ -261,12 +301,15 @@ fn a_decoder_layer_of_the_14b_model_agrees_with_the_reference() {
             context: rig.output("context", DTYPE, rows * q_width).unwrap(),
             act: rig.output("act", DTYPE, rows * INTERMEDIATE).unwrap(),
             split,
+            scratch: {
+                let (floats, counters) = ProductScratch::sizes(132, rows);
+                let partial = rig.output("product.partial", DType::F32, floats).unwrap();
+                let arrivals = rig.indices("product.arrivals", &vec![0; counters]).unwrap();
+                ProductScratch { partial, arrivals }
+            },
         };
-        let form = if prefill { "tile" } else { "plain" };
-        let mut selection = Selection::default();
-        for op in [&ops::qkv::OP, &ops::o_proj::OP, &ops::gate_up::OP, &ops::down::OP] {
-            selection = selection.or(op, form).unwrap();
-        }
+        let form = if prefill { Form::Many } else { Form::Few };
+        let selection = Selection::default().for_products(form);
         for node in nodes(&w, &rope, rope_offset, caches, &pass, &selection) {
             rig.run(&node).unwrap();
         }

@@ -7,22 +7,23 @@ use super::config::ModelConfig;
 use super::upload::Uploader;
 use crate::device::{NodeList, Span};
 use crate::error::Result;
+use crate::ops::product::{ProductScratch, Weight};
 use crate::ops::{self, DType, Launch};
 use crate::weights::ModelWeights;
+use crate::weights::pack::Pairing;
 
 /// Weights of one decoder layer.
 struct Layer {
     input_norm: Span,
-    qkv: Span,
+    qkv: Weight,
     qkv_bias: Option<Span>,
-    o: Span,
+    o: Weight,
     o_bias: Option<Span>,
     post_norm: Span,
-    gate: Span,
+    gate_up: ops::gate_up::Weights,
     gate_bias: Option<Span>,
-    up: Span,
     up_bias: Option<Span>,
-    down: Span,
+    down: Weight,
     down_bias: Option<Span>,
 }
 
@@ -31,7 +32,7 @@ pub struct Backbone {
     embed: Span,
     layers: Vec<Layer>,
     norm: Span,
-    image_out: Span,
+    image_out: Weight,
     image_out_bias: Span,
     pos_embed: Option<Span>,
     pos_rows: usize,
@@ -69,6 +70,8 @@ pub struct Rows {
     pub act: Span,
     /// Scratch of a split attention, while decoding.
     pub split: Option<ops::attention::SplitScratch>,
+    /// Scratch of products that share tiles between blocks.
+    pub scratch: Option<ProductScratch>,
 }
 
 /// Key/value cache and rotation tables of a session.
@@ -97,6 +100,10 @@ impl Backbone {
             Some(view) => up.one(name, &view).map(Some),
             None => Ok(None),
         };
+        let (hidden, intermediate) = (config.hidden_size, config.intermediate_size);
+        let neighbours = |up: &mut Uploader<'_>, op: &'static ops::Op, name: &str, inner: usize| {
+            up.product(op, name, &[weights.get(name)?], inner, Pairing::Neighbours)
+        };
         let mut layers = Vec::with_capacity(config.num_hidden_layers);
         for i in 0..config.num_hidden_layers {
             let name = |part: &str| format!("layers.{i}.{part}");
@@ -111,20 +118,29 @@ impl Backbone {
             layers.push(Layer {
                 input_norm: up
                     .one(&name("input_layernorm.weight"), &weights.get(&name("input_layernorm.weight"))?)?,
-                qkv: up.stack(&name("self_attn.qkv.weight"), &stacked("weight")?)?,
+                qkv: up.product(
+                    &ops::qkv::OP,
+                    &name("self_attn.qkv.weight"),
+                    &stacked("weight")?,
+                    hidden,
+                    Pairing::Rotary { head_dim: config.head_dim },
+                )?,
                 qkv_bias,
-                o: up
-                    .one(&name("self_attn.o_proj.weight"), &weights.get(&name("self_attn.o_proj.weight"))?)?,
+                o: neighbours(
+                    up,
+                    &ops::o_proj::OP,
+                    &name("self_attn.o_proj.weight"),
+                    config.num_attention_heads * config.head_dim,
+                )?,
                 o_bias: optional(up, &name("self_attn.o_proj.bias"))?,
                 post_norm: up.one(
                     &name("post_attention_layernorm.weight"),
                     &weights.get(&name("post_attention_layernorm.weight"))?,
                 )?,
-                gate: up.one(&name("mlp.gate_proj.weight"), &weights.get(&name("mlp.gate_proj.weight"))?)?,
+                gate_up: load_gate_up(weights, up, &name("mlp"), hidden)?,
                 gate_bias: optional(up, &name("mlp.gate_proj.bias"))?,
-                up: up.one(&name("mlp.up_proj.weight"), &weights.get(&name("mlp.up_proj.weight"))?)?,
                 up_bias: optional(up, &name("mlp.up_proj.bias"))?,
-                down: up.one(&name("mlp.down_proj.weight"), &weights.get(&name("mlp.down_proj.weight"))?)?,
+                down: neighbours(up, &ops::down::OP, &name("mlp.down_proj.weight"), intermediate)?,
                 down_bias: optional(up, &name("mlp.down_proj.bias"))?,
             });
         }
@@ -143,7 +159,7 @@ impl Backbone {
             embed: up.one("embed_tokens.weight", &weights.get("embed_tokens.weight")?)?,
             layers,
             norm: up.one("norm.weight", &weights.get("norm.weight")?)?,
-            image_out: up.one("image_out_projector.weight", &weights.get("image_out_projector.weight")?)?,
+            image_out: neighbours(up, &ops::out_proj::OP, "image_out_projector.weight", hidden)?,
             image_out_bias: up.one("image_out_projector.bias", &weights.get("image_out_projector.bias")?)?,
             pos_embed,
             pos_rows,
@@ -233,6 +249,7 @@ impl Backbone {
                 capacity: cache.capacity,
                 positions: cache.positions,
                 eps: d.eps,
+                scratch: rows.scratch,
             };
             list.push(ops::qkv::node(launch, &name("qkv"), &qkv)?);
             let attention = ops::attention::Args {
@@ -260,13 +277,13 @@ impl Backbone {
                 rows: rows.rows,
                 hidden: d.hidden,
                 inner: d.heads_q * d.head_dim,
+                scratch: rows.scratch,
             };
             list.push(ops::o_proj::node(launch, &name("o_proj"), &o_proj)?);
             let gate_up = ops::gate_up::Args {
                 x: rows.x,
                 norm_w: layer.post_norm,
-                w_gate: layer.gate,
-                w_up: layer.up,
+                w: layer.gate_up,
                 gate_bias: layer.gate_bias,
                 up_bias: layer.up_bias,
                 act: rows.act,
@@ -274,6 +291,7 @@ impl Backbone {
                 hidden: d.hidden,
                 intermediate: d.intermediate,
                 eps: d.eps,
+                scratch: rows.scratch,
             };
             list.push(ops::gate_up::node(launch, &name("gate_up"), &gate_up)?);
             let down = ops::project::Args {
@@ -284,6 +302,7 @@ impl Backbone {
                 rows: rows.rows,
                 hidden: d.hidden,
                 inner: d.intermediate,
+                scratch: rows.scratch,
             };
             list.push(ops::down::node(launch, &name("down"), &down)?);
         }
@@ -305,6 +324,7 @@ impl Backbone {
         pos_embed: Option<ops::out_proj::PosEmbed>,
         norm_out: Option<Span>,
         c: Span,
+        scratch: Option<ProductScratch>,
     ) -> Result<()> {
         let args = ops::out_proj::Args {
             x,
@@ -317,10 +337,32 @@ impl Backbone {
             rows,
             hidden: self.dims.hidden,
             eps: self.dims.eps,
+            scratch,
         };
         list.push(ops::out_proj::node(launch, &format!("{label}.out_proj"), &args)?);
         Ok(())
     }
+}
+
+/// Gate and up of the MLP called `mlp`: one packed matrix, or two as stored.
+fn load_gate_up(
+    weights: &ModelWeights,
+    up: &mut Uploader<'_>,
+    mlp: &str,
+    hidden: usize,
+) -> Result<ops::gate_up::Weights> {
+    let names = ["gate", "up"].map(|part| format!("{mlp}.{part}_proj.weight"));
+    let views = [weights.get(&names[0])?, weights.get(&names[1])?];
+    Ok(match up.packs(&ops::gate_up::OP, hidden) {
+        true => {
+            let label = format!("{mlp}.gate_up_proj.weight");
+            ops::gate_up::Weights::Tiles(up.packed(&label, &views, hidden, Pairing::Stacked)?)
+        }
+        false => ops::gate_up::Weights::Rows {
+            gate: up.one(&names[0], &views[0])?,
+            up: up.one(&names[1], &views[1])?,
+        },
+    })
 }
 
 /// `1 / sqrt(head_dim)`.

@@ -4,19 +4,21 @@ use super::config::ModelConfig;
 use super::upload::Uploader;
 use crate::device::{Node, NodeList, Span, Stream};
 use crate::error::{Error, Result};
+use crate::ops::product::{ProductScratch, Weight};
 use crate::ops::{self, Launch};
 use crate::weights::ModelWeights;
+use crate::weights::pack::Pairing;
 
 /// Width of the sinusoidal embedding of time.
 pub const SINUSOID_WIDTH: usize = 256;
 
 /// Weights of the flow head and of `image_in_projector`.
 pub struct FlowHead {
-    time0: Span,
+    time0: Weight,
     time0_bias: Span,
-    time2: Span,
+    time2: Weight,
     time2_bias: Span,
-    cond: Span,
+    cond: Weight,
     cond_bias: Span,
     modulation: Span,
     modulation_bias: Span,
@@ -31,6 +33,8 @@ pub struct FlowHead {
     output: Span,
     output_bias: Span,
     next: Span,
+    /// The same matrix for the products of prompts, which may want it packed; `flow_chain` reads it as stored.
+    next_product: Weight,
     next_bias: Span,
     /// Sizes of the head.
     pub dims: FlowDims,
@@ -105,6 +109,8 @@ pub struct FlowBuffers {
     pub use_norm: bool,
     /// Norm rescale after guidance.
     pub rescale: bool,
+    /// Scratch of products that share tiles between blocks.
+    pub scratch: Option<ProductScratch>,
     /// What verification records and forces.
     pub taps: FlowTaps,
 }
@@ -142,18 +148,32 @@ impl FlowHead {
     pub fn load(config: &ModelConfig, weights: &ModelWeights, up: &mut Uploader<'_>) -> Result<FlowHead> {
         let blocks = config.fm_head_layers;
         let net = |part: &str| format!("image_head.net.{part}");
+        let mut product = |name: String, inner: usize| -> Result<Weight> {
+            up.product(&ops::linear::OP, &name, &[weights.get(&name)?], inner, Pairing::Neighbours)
+        };
+        let time0 = product(net("time_embed.mlp.0.weight"), SINUSOID_WIDTH)?;
+        let time2 = product(net("time_embed.mlp.2.weight"), config.fm_head_dim)?;
+        let cond = product(net("cond_embed.weight"), config.hidden_size)?;
+        let next_name = "image_in_projector.weight";
+        let next = up.one(next_name, &weights.get(next_name)?)?;
+        let next_product = match up.packs(&ops::linear::OP, config.token_dim()) {
+            true => up.product(
+                &ops::linear::OP,
+                "image_in_projector.packed",
+                &[weights.get(next_name)?],
+                config.token_dim(),
+                Pairing::Neighbours,
+            )?,
+            false => next.into(),
+        };
         let mut one = |name: String| -> Result<Span> { up.one(&name, &weights.get(&name)?) };
-        let time0 = one(net("time_embed.mlp.0.weight"))?;
         let time0_bias = one(net("time_embed.mlp.0.bias"))?;
-        let time2 = one(net("time_embed.mlp.2.weight"))?;
         let time2_bias = one(net("time_embed.mlp.2.bias"))?;
-        let cond = one(net("cond_embed.weight"))?;
         let cond_bias = one(net("cond_embed.bias"))?;
         let input = one(net("input_proj.weight"))?;
         let input_bias = one(net("input_proj.bias"))?;
         let output = one(net("final_layer.linear.weight"))?;
         let output_bias = one(net("final_layer.linear.bias"))?;
-        let next = one("image_in_projector.weight".into())?;
         let next_bias = one("image_in_projector.bias".into())?;
         // Per block one tensor; stacked so that a kernel finds block l at a fixed stride.
         let mut stacked = |part: &str, last: Option<&str>| -> Result<Span> {
@@ -186,6 +206,7 @@ impl FlowHead {
             output,
             output_bias,
             next,
+            next_product,
             next_bias,
             dims: FlowDims {
                 width: config.fm_head_dim,
@@ -206,6 +227,7 @@ impl FlowHead {
         sinusoid: Vec<f32>,
         (input, hidden): (Span, Span),
         time: Span,
+        scratch: Option<ProductScratch>,
     ) -> Result<()> {
         let steps = sinusoid.len() / SINUSOID_WIDTH;
         let (bytes, _) = ops::harness::encode(launch.dtype, sinusoid);
@@ -219,7 +241,7 @@ impl FlowHead {
             (input, SINUSOID_WIDTH),
             (self.time0, self.time0_bias),
             (hidden, self.dims.width),
-            steps,
+            (steps, scratch),
             true,
         )?;
         stream.launch(&first)?;
@@ -229,7 +251,7 @@ impl FlowHead {
             (hidden, self.dims.width),
             (self.time2, self.time2_bias),
             (time, self.dims.width),
-            steps,
+            (steps, scratch),
             false,
         )?;
         stream.launch(&second)
@@ -241,13 +263,13 @@ impl FlowHead {
         launch: &Launch<'_>,
         label: &str,
         (x, inner): (Span, usize),
-        (w, bias): (Span, Span),
+        (w, bias): (Weight, Span),
         (y, outputs): (Span, usize),
-        rows: usize,
+        (rows, scratch): (usize, Option<ProductScratch>),
         silu: bool,
     ) -> Result<Node> {
-        let args =
-            ops::linear::Args { x, w, bias: Some(bias), y, rows, outputs, inner, silu, out_f32: false };
+        let bias = Some(bias);
+        let args = ops::linear::Args { x, w, bias, y, rows, outputs, inner, silu, out_f32: false, scratch };
         ops::linear::node(launch, label, &args)
     }
 
@@ -259,10 +281,11 @@ impl FlowHead {
         tokens: Span,
         x: Span,
         rows: usize,
+        scratch: Option<ProductScratch>,
     ) -> Result<()> {
         let args = ops::linear::Args {
             x: tokens,
-            w: self.next,
+            w: self.next_product,
             bias: Some(self.next_bias),
             y: x,
             rows,
@@ -270,6 +293,7 @@ impl FlowHead {
             inner: self.dims.token_dim,
             silu: false,
             out_f32: true,
+            scratch,
         };
         list.push(ops::linear::node(launch, "prefill.image_in_projector", &args)?);
         Ok(())
@@ -291,7 +315,7 @@ impl FlowHead {
             (b.condition, self.dims.hidden),
             (self.cond, self.cond_bias),
             (b.cond, self.dims.width),
-            sequences,
+            (sequences, b.scratch),
             false,
         )?);
         let modulation = ops::flow_modulation::Args {

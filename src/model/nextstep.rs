@@ -7,7 +7,7 @@ use super::upload::Uploader;
 use super::vae::{VaeDecoder, VaeEncoder};
 use crate::device::{Buffer, Device, Stream};
 use crate::error::Result;
-use crate::ops::DType;
+use crate::ops::{DType, Selection};
 use crate::weights::{ModelWeights, VaeWeights};
 use std::sync::Arc;
 
@@ -27,20 +27,24 @@ pub struct NextStep {
     pub vae_config: VaeConfig,
     /// Element type of weights, activations and cache.
     pub dtype: DType,
+    /// Variants chosen by name when the weights were laid out.
+    pub kernels: Selection,
     weight_bytes: u64,
     _buffers: Vec<Buffer>,
 }
 
 impl NextStep {
-    /// Uploads every tensor that text-to-image and editing read.
+    /// Uploads every tensor that text-to-image and editing read, in the layouts that the variants in `kernels` and
+    /// the defaults read.
     pub fn load(
         device: &Arc<dyn Device>,
         stream: &mut dyn Stream,
         (config, weights): (&ModelConfig, &ModelWeights),
         (vae_config, vae_weights): (&VaeConfig, &VaeWeights),
         dtype: DType,
+        kernels: &Selection,
     ) -> Result<NextStep> {
-        let mut up = Uploader::new(device.clone(), stream, dtype);
+        let mut up = Uploader::new(device.clone(), stream, dtype, kernels);
         let backbone = Backbone::load(config, weights, &mut up)?;
         let flow = FlowHead::load(config, weights, &mut up)?;
         let vae = VaeDecoder::load(vae_config, vae_weights, config.latent_patch_size, &mut up)?;
@@ -55,6 +59,7 @@ impl NextStep {
             config: config.clone(),
             vae_config: vae_config.clone(),
             dtype,
+            kernels: kernels.clone(),
             weight_bytes: bytes as u64,
             _buffers: buffers,
         })

@@ -8,6 +8,7 @@ use crate::device::DeviceInfo;
 use crate::error::{Error, Result};
 use crate::ops;
 use crate::ops::params::{GenerationState, GridBarrier, SolverStep};
+use crate::ops::product::ProductScratch;
 use std::num::NonZeroU32;
 
 impl From<&crate::sampler::SolverStep> for SolverStep {
@@ -100,6 +101,8 @@ pub(super) struct Slots {
     pub(super) act: Slot,
     pub(super) partial: Slot,
     pub(super) arrivals: Slot,
+    pub(super) product_partial: Slot,
+    pub(super) product_arrivals: Slot,
     pub(super) rope: Slot,
     pub(super) rope_offset: Slot,
     pub(super) condition: Slot,
@@ -180,6 +183,7 @@ pub(super) fn plan_memory(model: &NextStep, info: &DeviceInfo, spec: &RunSpec) -
         .ok_or_else(|| Error::request("size", "the key/value cache overflows"))?;
     // By branches, not rows: the order of summation, and so the bits, must not depend on the batch.
     let splits = ops::attention::splits(info.sm_count, spec.branches, config.num_key_value_heads, capacity);
+    let (partial_floats, arrivals) = ProductScratch::sizes(info.sm_count, product_rows(model, spec));
     let q_values = config.num_attention_heads * config.head_dim;
     let mut layout = Layout::default();
     let prefill = Life::only(Stage::Prefill);
@@ -216,6 +220,8 @@ pub(super) fn plan_memory(model: &NextStep, info: &DeviceInfo, spec: &RunSpec) -
             both,
         )?,
         arrivals: layout.add("attention.arrivals", sequences * config.num_key_value_heads, index, both)?,
+        product_partial: layout.add("product.partial", partial_floats, float, both)?,
+        product_arrivals: layout.add("product.arrivals", arrivals, index, both)?,
         rope: layout.add("rope", positions * config.head_dim, float, both)?,
         rope_offset: layout.add("rope_offset", sequences, index, both)?,
         condition: layout.add("condition", sequences * config.hidden_size, element, both)?,
@@ -268,6 +274,18 @@ pub(super) fn plan_memory(model: &NextStep, info: &DeviceInfo, spec: &RunSpec) -
         },
     };
     Ok(Planned { layout, slots, capacity, splits, cache_bytes })
+}
+
+/// Rows of the widest product that shares tiles between blocks: the prompt's only where a variant is chosen by name
+/// that does so for any number of rows.
+fn product_rows(model: &NextStep, spec: &RunSpec) -> usize {
+    let sequences = spec.prompts.len();
+    let chosen = ops::PRODUCTS.iter().any(|op| matches!(model.kernels.chosen(op), Some("stream" | "ring")));
+    if !chosen {
+        return sequences;
+    }
+    let prompt: usize = spec.prompts.iter().map(Vec::len).sum();
+    sequences.max(prompt).max(spec.steps.len()).max(spec.sources.tokens())
 }
 
 fn plan_sources(model: &NextStep, spec: &RunSpec, layout: &mut Layout) -> Result<Option<SourceSlots>> {

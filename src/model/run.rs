@@ -14,7 +14,8 @@ use super::vae::Decoded;
 use crate::device::{Buffer, Device, Node, NodeList, Span, Stream};
 use crate::error::{Error, Result};
 use crate::ops::params::{GenerationState, GridBarrier};
-use crate::ops::{self, DType, Launch, Selection};
+use crate::ops::product::ProductScratch;
+use crate::ops::{self, DType, Form, Launch, Selection};
 use std::sync::Arc;
 
 /// A generation bound to device memory.
@@ -123,25 +124,39 @@ impl Run {
             self.stream.upload(span.ptr, bytemuck::cast_slice(draws))?;
         }
         self.upload_sources()?;
-        self.stream.fill(self.arena.span(self.slots.arrivals), 0)?;
-        let selection = self.stage_selection(Stage::Decode)?;
+        for counters in [self.slots.arrivals, self.slots.product_arrivals] {
+            self.stream.fill(self.arena.span(counters), 0)?;
+        }
+        // One row per evaluation, however many images there are.
+        let selection = self.stage_selection(Stage::Prefill)?;
         let launch = self.launch(&selection);
         let [input, hidden, time] =
             [self.slots.sinusoid, self.slots.time_hidden, self.slots.time].map(|slot| self.arena.span(slot));
-        self.model.flow.embed_times(&launch, self.stream.as_mut(), spec.sinusoid, (input, hidden), time)
+        let scratch = self.scratch();
+        self.model.flow.embed_times(
+            &launch,
+            self.stream.as_mut(),
+            spec.sinusoid,
+            (input, hidden),
+            time,
+            scratch,
+        )
     }
 
     /// Variants of a stage. Fixed by the stage, never by the number of rows: see [`Selection::or`].
     fn stage_selection(&self, stage: Stage) -> Result<Selection> {
-        let (rows, attention) = match stage {
-            Stage::Prefill => ("tile", "plain"),
-            Stage::Decode | Stage::Image => ("plain", "splitkv"),
+        let (form, attention) = match stage {
+            Stage::Prefill => (Form::Many, "plain"),
+            Stage::Decode | Stage::Image => (Form::Few, "splitkv"),
         };
-        let mut selection = self.selection.clone().or(&ops::attention::OP, attention)?;
-        for op in [&ops::qkv::OP, &ops::o_proj::OP, &ops::gate_up::OP, &ops::down::OP, &ops::linear::OP] {
-            selection = selection.or(op, rows)?;
-        }
-        Ok(selection)
+        Ok(self.selection.clone().or(&ops::attention::OP, attention)?.for_products(form))
+    }
+
+    fn scratch(&self) -> Option<ProductScratch> {
+        Some(ProductScratch {
+            partial: self.arena.span(self.slots.product_partial),
+            arrivals: self.arena.span(self.slots.product_arrivals),
+        })
     }
 
     fn launch<'a>(&self, selection: &'a Selection) -> Launch<'a> {
@@ -184,6 +199,7 @@ impl Run {
             context: self.arena.span(s.prefill_context),
             act: self.arena.span(s.prefill_act),
             split: None,
+            scratch: self.scratch(),
         }
     }
 
@@ -202,6 +218,7 @@ impl Run {
                 partial: self.arena.span(s.partial),
                 arrivals: self.arena.span(s.arrivals),
             }),
+            scratch: self.scratch(),
         }
     }
 
@@ -257,14 +274,24 @@ impl Run {
     /// Final norm of all prompt rows into the `norm` tap; verification only.
     pub fn record_prefill_norm(&self) -> Result<NodeList> {
         let mut list = NodeList::new();
-        let selection = self.stage_selection(Stage::Decode)?;
+        let selection = self.stage_selection(Stage::Prefill)?;
         let rows = self.prefill_rows();
         let taps = self.slots.taps.as_ref();
         let taps = taps.ok_or_else(|| Error::Internal("the norm of all prompt rows needs taps".into()))?;
         let (norm, scratch) = (Some(self.arena.span(taps.norm)), self.arena.span(taps.scratch));
         let launch = self.launch(&selection);
         let backbone = &self.model.backbone;
-        backbone.record_condition(&launch, &mut list, "prefill", rows.x, rows.rows, None, norm, scratch)?;
+        backbone.record_condition(
+            &launch,
+            &mut list,
+            "prefill",
+            rows.x,
+            rows.rows,
+            None,
+            norm,
+            scratch,
+            rows.scratch,
+        )?;
         Ok(list)
     }
 
@@ -279,7 +306,8 @@ impl Run {
         let pos_embed = if self.spec.pos_embed { self.model.backbone.pos_embed(state) } else { None };
         let rows = self.spec.prompts.len();
         let backbone = &self.model.backbone;
-        backbone.record_condition(&launch, list, "decode", x, rows, pos_embed, norm, condition)
+        let scratch = self.scratch();
+        backbone.record_condition(&launch, list, "decode", x, rows, pos_embed, norm, condition, scratch)
     }
 
     /// Nodes from the condition to the sampled token and the next residual rows. `forced` replaces the state
@@ -320,6 +348,7 @@ impl Run {
             x_next: span(s.x),
             use_norm: self.spec.use_norm,
             rescale: self.spec.rescale,
+            scratch: self.scratch(),
             taps,
         };
         self.model.flow.record(&launch, list, &buffers, source)

@@ -2,7 +2,9 @@
 
 use crate::device::{Buffer, Device, Span, Stream};
 use crate::error::{Error, Result};
-use crate::ops::DType;
+use crate::ops::product::{Layout, Weight};
+use crate::ops::{DType, Op, Selection};
+use crate::weights::pack::{Pairing, Tiles};
 use crate::weights::{Dtype, TensorView, convert};
 use std::sync::Arc;
 
@@ -14,14 +16,20 @@ pub struct Uploader<'a> {
     device: Arc<dyn Device>,
     stream: &'a mut dyn Stream,
     dtype: DType,
+    kernels: &'a Selection,
     buffers: Vec<Buffer>,
     bytes: usize,
 }
 
 impl<'a> Uploader<'a> {
-    /// Weights become `dtype` on the device.
-    pub fn new(device: Arc<dyn Device>, stream: &'a mut dyn Stream, dtype: DType) -> Uploader<'a> {
-        Uploader { device, stream, dtype, buffers: Vec::new(), bytes: 0 }
+    /// Weights become `dtype` on the device, in the layouts that the variants in `kernels` read.
+    pub fn new(
+        device: Arc<dyn Device>,
+        stream: &'a mut dyn Stream,
+        dtype: DType,
+        kernels: &'a Selection,
+    ) -> Uploader<'a> {
+        Uploader { device, stream, dtype, kernels, buffers: Vec::new(), bytes: 0 }
     }
 
     /// Uploads `tensors` one after another into one buffer called `label`.
@@ -50,6 +58,73 @@ impl<'a> Uploader<'a> {
             }
         }
         self.bytes += bytes;
+        let span = buffer.span();
+        self.buffers.push(buffer);
+        Ok(span)
+    }
+
+    /// Whether weights of `op` with rows of `inner` elements are packed.
+    pub fn packs(&self, op: &'static Op, inner: usize) -> bool {
+        Layout::to_load(op, self.kernels, self.dtype, inner) == Layout::Tiles
+    }
+
+    /// Uploads the matrix of `tensors`, one over another, for products of `op`: packed if that op's variants read it so.
+    pub fn product(
+        &mut self,
+        op: &'static Op,
+        label: &str,
+        tensors: &[TensorView<'_>],
+        inner: usize,
+        pairing: Pairing,
+    ) -> Result<Weight> {
+        if !self.packs(op, inner) {
+            return Ok(self.stack(label, tensors)?.into());
+        }
+        Ok(Weight { span: self.packed(label, tensors, inner, pairing)?, layout: Layout::Tiles })
+    }
+
+    /// Uploads the matrix of `tensors`, one over another, packed: tile by tile, in pieces of about [`CHUNK_BYTES`].
+    pub fn packed(
+        &mut self,
+        label: &str,
+        tensors: &[TensorView<'_>],
+        inner: usize,
+        pairing: Pairing,
+    ) -> Result<Span> {
+        let rows = tensors.iter().map(|t| t.elements() / inner.max(1)).sum();
+        let tiles = Tiles::new(rows, inner, pairing)?;
+        // The rows of each tensor, counted through all of them.
+        let mut first = 0;
+        let parts: Vec<_> = tensors
+            .iter()
+            .map(|t| {
+                let range = first..first + t.elements() / inner.max(1);
+                first = range.end;
+                (range, t)
+            })
+            .collect();
+        let read = |row: usize, out: &mut [u8]| {
+            let (range, tensor) = parts
+                .iter()
+                .find(|(range, _)| range.contains(&row))
+                .ok_or_else(|| Error::Internal(format!("{label} has no row {row}")))?;
+            let from = (row - range.start) * inner;
+            convert::write_range_as(tensor, from..from + inner, Dtype::Bf16, out)
+        };
+        let buffer = self.device.alloc(tiles.bytes(), label)?;
+        let at_once = (CHUNK_BYTES / tiles.tile_bytes()).max(1);
+        let mut staging = Vec::new();
+        let mut at = buffer.ptr();
+        for start in (0..tiles.tiles()).step_by(at_once) {
+            let count = at_once.min(tiles.tiles() - start);
+            staging.resize(count * tiles.tile_bytes(), 0);
+            for (i, out) in staging.chunks_exact_mut(tiles.tile_bytes()).enumerate() {
+                tiles.write_tile(start + i, read, out)?;
+            }
+            self.stream.upload(at, &staging)?;
+            at = at.offset(staging.len());
+        }
+        self.bytes += tiles.bytes();
         let span = buffer.span();
         self.buffers.push(buffer);
         Ok(span)

@@ -25,6 +25,21 @@ pub static OP: Op = Op {
             kernels: kernels!("down", f32: "down_tile_f32", bf16: "down_tile_bf16"),
             summary: "64 x 64 tiles in shared memory, for prompts; any shape",
         },
+        Variant {
+            name: "stream",
+            kernels: kernels!("down", bf16: "down_stream_bf16"),
+            summary: "equal shares of packed weights per SM, loads to registers; K % 32 = 0",
+        },
+        Variant {
+            name: "ring",
+            kernels: kernels!("down", bf16: "down_ring_bf16"),
+            summary: "the same by bulk copies into a ring in shared memory; K % 32 = 0, K >= 64",
+        },
+        Variant {
+            name: "mma",
+            kernels: kernels!("down", bf16: "down_mma_bf16"),
+            summary: "128 x 128 tiles on tensor cores from packed weights, for prompts; K % 32 = 0",
+        },
     ],
     cases,
 };
@@ -47,7 +62,12 @@ fn cases() -> Vec<Case> {
         shape(7, 34, 6171, false),
         shape(37, 96, 520, false),
         shape(65, 192, 77, true),
+        // Packed weights: odd outputs, few tiles and long rows, several groups of rows.
+        shape(2, 51, 2080, true),
+        shape(5, 20, 6208, false),
+        shape(21, 30, 1056, true),
+        shape(131, 66, 96, false),
     ];
     let real = |rows| shape(rows, 5120, 13824, false);
-    project::cases(&OP, &shapes, &[real(1), real(2), real(3), real(37)])
+    project::cases(&OP, &shapes, &[real(1), real(2), real(3), real(8), real(37), real(130)])
 }

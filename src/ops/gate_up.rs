@@ -1,14 +1,16 @@
 //! `gate_up`: RMSNorm, gate and up projections, SiLU and product, in one launch.
 
-use super::harness::{Case, Check, Rig, Scale, compare};
+use super::harness::{Case, Check, Rig, Scale, compare, encode};
 use super::params::GateUpParams;
-use super::shared::{self, Checks};
+use super::product::{self, Layout, Product, ProductScratch};
+use super::shared;
 use super::{DType, Launch, Op, Variant};
 use crate::device::{Node, ParamBytes, Span};
 use crate::error::Result;
 use crate::kernels;
 use crate::reference::gate_up::{GateUp, gate_up};
 use crate::reference::{Exact, PlainBf16, PlainF32};
+use crate::weights::pack::{Pairing, Tiles};
 
 /// The registry row.
 pub static OP: Op = Op {
@@ -26,9 +28,38 @@ pub static OP: Op = Op {
             kernels: kernels!("gate_up", f32: "gate_up_tile_f32", bf16: "gate_up_tile_bf16"),
             summary: "64 x 64 tiles in shared memory, for prompts; any shape",
         },
+        Variant {
+            name: "stream",
+            kernels: kernels!("gate_up", bf16: "gate_up_stream_bf16"),
+            summary: "equal shares of packed weights per SM, loads to registers; K % 32 = 0",
+        },
+        Variant {
+            name: "ring",
+            kernels: kernels!("gate_up", bf16: "gate_up_ring_bf16"),
+            summary: "the same by bulk copies into a ring in shared memory; K % 32 = 0, K >= 64",
+        },
+        Variant {
+            name: "mma",
+            kernels: kernels!("gate_up", bf16: "gate_up_mma_bf16"),
+            summary: "128 x 128 tiles on tensor cores from packed weights, for prompts; K % 32 = 0",
+        },
     ],
     cases,
 };
+
+/// Both weights.
+#[derive(Clone, Copy, Debug)]
+pub enum Weights {
+    /// As stored, `[intermediate_size, hidden_size]` each.
+    Rows {
+        /// `gate_proj`
+        gate: Span,
+        /// `up_proj`
+        up: Span,
+    },
+    /// One matrix `[2 intermediate_size, hidden_size]`, gate over up, packed with `Pairing::Stacked`.
+    Tiles(Span),
+}
 
 /// Tensors and dimensions; shapes in `kernels/params.h` (`GateUpParams`).
 #[derive(Clone, Copy, Debug)]
@@ -37,10 +68,8 @@ pub struct Args {
     pub x: Span,
     /// `[hidden_size]`
     pub norm_w: Span,
-    /// `[intermediate_size, hidden_size]`
-    pub w_gate: Span,
-    /// `[intermediate_size, hidden_size]`
-    pub w_up: Span,
+    /// Gate and up.
+    pub w: Weights,
     /// `[intermediate_size]`
     pub gate_bias: Option<Span>,
     /// `[intermediate_size]`
@@ -55,44 +84,60 @@ pub struct Args {
     pub intermediate: usize,
     /// `rms_norm_eps`.
     pub eps: f32,
+    /// Scratch of the variants that share tiles between blocks.
+    pub scratch: Option<ProductScratch>,
 }
 
 /// The node that computes `args`.
 pub fn node(launch: &Launch, label: &str, args: &Args) -> Result<Node> {
     let a = args;
-    let variant = launch.selection.variant(&OP, shared::product_variant(a.rows))?;
-    let checks = Checks::new(OP.name, variant.name);
+    let layout = match a.w {
+        Weights::Rows { .. } => Layout::Rows,
+        Weights::Tiles(_) => Layout::Tiles,
+    };
+    let shape = product::Shape { rows: a.rows, inner: a.hidden, units: a.intermediate };
+    let product = Product::new(&OP, launch, layout, shape, a.scratch)?;
+    let checks = product.checks;
     let e = launch.dtype.bytes();
     let x = checks.span("x", a.x, 4, &[a.rows, a.hidden])?;
     let norm_w = checks.span("norm_w", a.norm_w, e, &[a.hidden])?;
-    let w_gate = checks.span("w_gate", a.w_gate, e, &[a.intermediate, a.hidden])?;
-    let w_up = checks.span("w_up", a.w_up, e, &[a.intermediate, a.hidden])?;
+    let weight = |name, span| product.weight(name, span, launch.dtype, a.intermediate, shape);
+    let (w_gate, w_up) = match a.w {
+        Weights::Rows { gate, up } => (weight("w_gate", gate)?, Some(weight("w_up", up)?)),
+        Weights::Tiles(both) => (weight("w", both)?, None),
+    };
     let gate_bias = checks.optional("gate_bias", a.gate_bias, e, &[a.intermediate])?;
     let up_bias = checks.optional("up_bias", a.up_bias, e, &[a.intermediate])?;
     let act = checks.span("act", a.act, e, &[a.rows, a.intermediate])?;
+    product.aligned(&[("x", x), ("norm_w", norm_w)])?;
+    let [partial, arrivals] = product.scratch();
     let params = GateUpParams {
         x: x.ptr.0,
         norm_w: norm_w.ptr.0,
         w_gate: w_gate.ptr.0,
-        w_up: w_up.ptr.0,
+        w_up: shared::address(w_up),
         gate_bias: shared::address(gate_bias),
         up_bias: shared::address(up_bias),
         act: act.ptr.0,
+        partial,
+        arrivals,
         rows: checks.dim("rows", a.rows)?,
         hidden: checks.dim("hidden", a.hidden)?,
         intermediate: checks.dim("intermediate", a.intermediate)?,
         eps: a.eps,
     };
-    let mut reads = vec![x, norm_w, w_gate, w_up];
+    let (mut reads, mut writes) = (vec![x, norm_w, w_gate], vec![act]);
+    reads.extend(w_up);
     reads.extend(gate_bias);
     reads.extend(up_bias);
+    product.declare(&mut reads, &mut writes);
     Ok(Node {
         label: label.into(),
-        kernel: variant.kernel(OP.name, launch.dtype)?,
-        geometry: shared::product_geometry(launch, variant.name, a.rows, a.hidden, a.intermediate),
+        kernel: product.variant.kernel(OP.name, launch.dtype)?,
+        geometry: product.geometry,
         params: ParamBytes::of(&params),
         reads,
-        writes: vec![act],
+        writes,
     })
 }
 
@@ -116,18 +161,22 @@ fn cases() -> Vec<Case> {
         shape(9, 75, 64, true),
         shape(37, 96, 130, false),
         shape(67, 80, 35, false),
+        // Packed weights: rows of one step, a tail of a tile, long rows, several groups of rows.
+        shape(4, 32, 21, true),
+        shape(7, 288, 44, true),
+        shape(6, 544, 3, false),
+        shape(133, 64, 75, true),
     ];
     let real = |rows| shape(rows, 5120, 13824, false);
-    let real_shapes = [real(1), real(2), real(3), real(37)];
+    let real_shapes = [real(1), real(2), real(3), real(8), real(37), real(130)];
     let mut cases = Vec::new();
     for &dtype in DType::ALL {
-        for s in shapes {
-            for variant in ["plain", "tile"] {
-                cases.push(make_case(s, variant, dtype, None));
+        for (shapes, scale) in [(&shapes[..], None), (&real_shapes[..], Some(Scale::Real))] {
+            for &s in shapes {
+                for variant in product::case_variants(&OP, dtype, (s.rows, s.hidden), scale.is_some()) {
+                    cases.push(make_case(s, variant, dtype, scale));
+                }
             }
-        }
-        for s in real_shapes {
-            cases.push(make_case(s, shared::product_variant(s.rows), dtype, Some(Scale::Real)));
         }
     }
     cases
@@ -144,17 +193,26 @@ fn make_case(s: Shape, variant: &'static str, dtype: DType, scale: Option<Scale>
         u8::from(s.bias)
     );
     let scale = scale.unwrap_or(shared::scale_for(flops));
-    shared::case(&OP, variant, dtype, scale, (bytes, flops), label, move |rig, launch| run(rig, launch, s))
+    product::case(&OP, variant, dtype, scale, (s.rows, bytes, flops), label, move |rig, launch, scratch| {
+        run(variant, rig, launch, s, scratch)
+    })
 }
 
-fn run(rig: &mut Rig, launch: &Launch, s: Shape) -> Result<Vec<Check>> {
+fn run(
+    variant: &str,
+    rig: &mut Rig,
+    launch: &Launch,
+    s: Shape,
+    scratch: Option<ProductScratch>,
+) -> Result<Vec<Check>> {
     let dtype = launch.dtype;
     let deviation = 1.0 / (s.hidden as f32).sqrt();
     let x = rig.random("x", DType::F32, s.rows * s.hidden, 2.0)?;
     let norm_w = rig.random("norm_w", dtype, s.hidden, 1.0)?;
     // Gates reach far enough to both sides for SiLU to bend.
-    let w_gate = rig.random("w_gate", dtype, s.intermediate * s.hidden, 2.0 * deviation)?;
-    let w_up = rig.random("w_up", dtype, s.intermediate * s.hidden, deviation)?;
+    let gate = rig.normal(s.intermediate * s.hidden, 2.0 * deviation);
+    let up = rig.normal(s.intermediate * s.hidden, deviation);
+    let (gate, up, w) = upload_weights(rig, variant, dtype, (gate, up), s)?;
     let mut bias = |name| s.bias.then(|| rig.random(name, dtype, s.intermediate, 0.5)).transpose();
     let gate_bias = bias("gate_bias")?;
     let up_bias = bias("up_bias")?;
@@ -162,8 +220,7 @@ fn run(rig: &mut Rig, launch: &Launch, s: Shape) -> Result<Vec<Check>> {
     let args = Args {
         x: x.span,
         norm_w: norm_w.span,
-        w_gate: w_gate.span,
-        w_up: w_up.span,
+        w,
         gate_bias: gate_bias.as_ref().map(|b| b.span),
         up_bias: up_bias.as_ref().map(|b| b.span),
         act,
@@ -171,14 +228,15 @@ fn run(rig: &mut Rig, launch: &Launch, s: Shape) -> Result<Vec<Check>> {
         hidden: s.hidden,
         intermediate: s.intermediate,
         eps: 1e-6,
+        scratch,
     };
     rig.run(&node(launch, "test.gate_up", &args)?)?;
     let got = rig.read(act, dtype)?;
     let inputs = GateUp {
         x: &x.values,
         norm_weight: &norm_w.values,
-        gate: &w_gate.values,
-        up: &w_up.values,
+        gate: &gate,
+        up: &up,
         gate_bias: gate_bias.as_ref().map(|b| b.values.as_slice()),
         up_bias: up_bias.as_ref().map(|b| b.values.as_slice()),
         hidden_size: s.hidden,
@@ -190,4 +248,27 @@ fn run(rig: &mut Rig, launch: &Launch, s: Shape) -> Result<Vec<Check>> {
         DType::Bf16 => gate_up::<PlainBf16>(&inputs),
     };
     Ok(vec![compare("act", dtype, &got, &exact, &plain)])
+}
+
+/// Both weights on the device, as `variant` reads them, and their values.
+fn upload_weights(
+    rig: &mut Rig,
+    variant: &str,
+    dtype: DType,
+    (gate, up): (Vec<f32>, Vec<f32>),
+    s: Shape,
+) -> Result<(Vec<f32>, Vec<f32>, Weights)> {
+    match Layout::of_variant(variant) {
+        Layout::Rows => {
+            let (gate, up) = (rig.input("w_gate", dtype, gate)?, rig.input("w_up", dtype, up)?);
+            let w = Weights::Rows { gate: gate.span, up: up.span };
+            Ok((gate.values, up.values, w))
+        }
+        Layout::Tiles => {
+            let ((gate_bytes, gate), (up_bytes, up)) = (encode(dtype, gate), encode(dtype, up));
+            let tiles = Tiles::new(2 * s.intermediate, s.hidden, Pairing::Stacked)?;
+            let both = rig.bytes("w", &tiles.pack(&[gate_bytes, up_bytes].concat())?)?;
+            Ok((gate, up, Weights::Tiles(both)))
+        }
+    }
 }

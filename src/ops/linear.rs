@@ -2,13 +2,15 @@
 
 use super::harness::{Case, Check, Rig, Scale, compare};
 use super::params::LinearParams;
-use super::shared::{self, Checks};
+use super::product::{self, Product, ProductScratch, Weight};
+use super::shared;
 use super::{DType, Launch, Op, Variant};
 use crate::device::{Node, ParamBytes, Span};
 use crate::error::Result;
 use crate::kernels;
 use crate::reference::linear::{Linear, linear};
 use crate::reference::{Exact, PlainBf16, PlainF32};
+use crate::weights::pack::Pairing;
 
 /// The registry row.
 pub static OP: Op = Op {
@@ -26,6 +28,21 @@ pub static OP: Op = Op {
             kernels: kernels!("linear", f32: "linear_tile_f32", bf16: "linear_tile_bf16"),
             summary: "64 x 64 tiles in shared memory, for many rows; any shape",
         },
+        Variant {
+            name: "stream",
+            kernels: kernels!("linear", bf16: "linear_stream_bf16"),
+            summary: "equal shares of packed weights per SM, loads to registers; K % 32 = 0",
+        },
+        Variant {
+            name: "ring",
+            kernels: kernels!("linear", bf16: "linear_ring_bf16"),
+            summary: "the same by bulk copies into a ring in shared memory; K % 32 = 0, K >= 64",
+        },
+        Variant {
+            name: "mma",
+            kernels: kernels!("linear", bf16: "linear_mma_bf16"),
+            summary: "128 x 128 tiles on tensor cores from packed weights, for prompts; K % 32 = 0",
+        },
     ],
     cases,
 };
@@ -36,7 +53,7 @@ pub struct Args {
     /// `[rows, inner]`
     pub x: Span,
     /// `[outputs, inner]`
-    pub w: Span,
+    pub w: Weight,
     /// `[outputs]`
     pub bias: Option<Span>,
     /// `[rows, outputs]`, written; f32 with `out_f32`.
@@ -51,23 +68,30 @@ pub struct Args {
     pub silu: bool,
     /// Whether `y` is f32: the same values as in the element type, widened.
     pub out_f32: bool,
+    /// Scratch of the variants that share tiles between blocks.
+    pub scratch: Option<ProductScratch>,
 }
 
 /// The node that computes `args`.
 pub fn node(launch: &Launch, label: &str, args: &Args) -> Result<Node> {
     let a = args;
-    let variant = launch.selection.variant(&OP, shared::product_variant(a.rows))?;
-    let checks = Checks::new(OP.name, variant.name);
+    let shape = product::Shape { rows: a.rows, inner: a.inner, units: a.outputs.div_ceil(2) };
+    let product = Product::new(&OP, launch, a.w.layout, shape, a.scratch)?;
+    let checks = product.checks;
     let e = launch.dtype.bytes();
     let x = checks.span("x", a.x, e, &[a.rows, a.inner])?;
-    let w = checks.span("w", a.w, e, &[a.outputs, a.inner])?;
+    let w = product.weight("w", a.w.span, launch.dtype, a.outputs, shape)?;
     let bias = checks.optional("bias", a.bias, e, &[a.outputs])?;
     let y = checks.span("y", a.y, if a.out_f32 { 4 } else { e }, &[a.rows, a.outputs])?;
+    product.aligned(&[("x", x)])?;
+    let [partial, arrivals] = product.scratch();
     let params = LinearParams {
         x: x.ptr.0,
         w: w.ptr.0,
         bias: shared::address(bias),
         y: y.ptr.0,
+        partial,
+        arrivals,
         rows: checks.dim("rows", a.rows)?,
         outputs: checks.dim("outputs", a.outputs)?,
         inner: checks.dim("inner", a.inner)?,
@@ -75,15 +99,16 @@ pub fn node(launch: &Launch, label: &str, args: &Args) -> Result<Node> {
         out_f32: a.out_f32.into(),
         pad: 0,
     };
-    let mut reads = vec![x, w];
+    let (mut reads, mut writes) = (vec![x, w], vec![y]);
     reads.extend(bias);
+    product.declare(&mut reads, &mut writes);
     Ok(Node {
         label: label.into(),
-        kernel: variant.kernel(OP.name, launch.dtype)?,
-        geometry: shared::product_geometry(launch, variant.name, a.rows, a.inner, a.outputs.div_ceil(2)),
+        kernel: product.variant.kernel(OP.name, launch.dtype)?,
+        geometry: product.geometry,
         params: ParamBytes::of(&params),
         reads,
-        writes: vec![y],
+        writes,
     })
 }
 
@@ -112,6 +137,12 @@ fn cases() -> Vec<Case> {
         shape(13, 71, 64, true, false, false),
         shape(37, 96, 64, true, false, true),
         shape(129, 67, 36, true, true, false),
+        // Packed weights: tiles with a tail, one tile for all SMs, rows of one step, several groups of rows.
+        shape(1, 70, 32, true, false, false),
+        shape(6, 7, 608, true, true, false),
+        shape(7, 130, 256, false, false, true),
+        shape(17, 50, 288, true, false, false),
+        shape(150, 300, 96, true, true, true),
     ];
     let real = [
         // image_in_projector, cond_embed, and a slice of lm_head.
@@ -119,16 +150,16 @@ fn cases() -> Vec<Case> {
         shape(2, 1536, 5120, true, false, false),
         shape(1, 19008, 5120, false, false, true),
         shape(37, 5120, 64, true, false, true),
+        shape(28, 1536, 1536, true, false, false),
     ];
     let mut cases = Vec::new();
     for &dtype in DType::ALL {
-        for s in shapes {
-            for variant in ["plain", "tile"] {
-                cases.push(make_case(s, variant, dtype, None));
+        for (shapes, scale) in [(&shapes[..], None), (&real[..], Some(Scale::Real))] {
+            for &s in shapes {
+                for variant in product::case_variants(&OP, dtype, (s.rows, s.inner), scale.is_some()) {
+                    cases.push(make_case(s, variant, dtype, scale));
+                }
             }
-        }
-        for s in real {
-            cases.push(make_case(s, shared::product_variant(s.rows), dtype, Some(Scale::Real)));
         }
     }
     cases
@@ -147,19 +178,30 @@ fn make_case(s: Shape, variant: &'static str, dtype: DType, scale: Option<Scale>
         u8::from(s.out_f32)
     );
     let scale = scale.unwrap_or(shared::scale_for(flops));
-    shared::case(&OP, variant, dtype, scale, (bytes, flops), label, move |rig, launch| run(rig, launch, s))
+    product::case(&OP, variant, dtype, scale, (s.rows, bytes, flops), label, move |rig, launch, scratch| {
+        run(variant, rig, launch, s, scratch)
+    })
 }
 
-fn run(rig: &mut Rig, launch: &Launch, s: Shape) -> Result<Vec<Check>> {
+fn run(
+    variant: &str,
+    rig: &mut Rig,
+    launch: &Launch,
+    s: Shape,
+    scratch: Option<ProductScratch>,
+) -> Result<Vec<Check>> {
     let dtype = launch.dtype;
     let x = rig.random("x", dtype, s.rows * s.inner, 1.0)?;
-    let w = rig.random("w", dtype, s.outputs * s.inner, 1.0 / (s.inner as f32).sqrt())?;
+    let deviation = 1.0 / (s.inner as f32).sqrt();
+    let size = (s.outputs, s.inner);
+    let (weights, w) =
+        product::random_weight(rig, variant, ("w", dtype, deviation), size, Pairing::Neighbours)?;
     let bias = s.bias.then(|| rig.random("bias", dtype, s.outputs, 0.5)).transpose()?;
     let out = if s.out_f32 { DType::F32 } else { dtype };
     let y = rig.output("y", out, s.rows * s.outputs)?;
     let args = Args {
         x: x.span,
-        w: w.span,
+        w,
         bias: bias.as_ref().map(|b| b.span),
         y,
         rows: s.rows,
@@ -167,12 +209,13 @@ fn run(rig: &mut Rig, launch: &Launch, s: Shape) -> Result<Vec<Check>> {
         inner: s.inner,
         silu: s.silu,
         out_f32: s.out_f32,
+        scratch,
     };
     rig.run(&node(launch, "test.linear", &args)?)?;
     let got = rig.read(y, out)?;
     let inputs = Linear {
         x: &x.values,
-        weight: &w.values,
+        weight: &weights,
         bias: bias.as_ref().map(|b| b.values.as_slice()),
         inner: s.inner,
         silu: s.silu,

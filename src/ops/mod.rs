@@ -20,6 +20,7 @@ pub mod linear;
 pub mod o_proj;
 pub mod out_proj;
 pub mod params;
+pub mod product;
 pub mod project;
 pub mod qkv;
 pub mod randn;
@@ -118,6 +119,9 @@ macro_rules! kernels {
             ($crate::ops::DType::Bf16, $crate::device::KernelId { module: $module, symbol: $bf16 }),
         ]
     };
+    ($module:literal, bf16: $bf16:literal) => {
+        &[($crate::ops::DType::Bf16, $crate::device::KernelId { module: $module, symbol: $bf16 })]
+    };
 }
 
 static OPS: &[&Op] = &[
@@ -142,6 +146,9 @@ static OPS: &[&Op] = &[
     &to_rgb8::OP,
 ];
 
+/// The products of the transformer and its projectors: the ops whose weights may be packed.
+pub static PRODUCTS: [&Op; 6] = [&qkv::OP, &o_proj::OP, &gate_up::OP, &down::OP, &out_proj::OP, &linear::OP];
+
 /// Every op, in the order in which one image uses them.
 pub fn registry() -> &'static [&'static Op] {
     OPS
@@ -155,10 +162,20 @@ pub fn find(name: &str) -> Result<&'static Op> {
     })
 }
 
+/// For how many rows a stage's products are meant.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Form {
+    /// One row per sequence: decoding.
+    Few,
+    /// A row per prompt token.
+    Many,
+}
+
 /// Variants chosen by name (`--kernel op=variant`); ops that are not named use their default for the shape.
 #[derive(Clone, Debug, Default)]
 pub struct Selection {
     chosen: Vec<(&'static str, &'static str)>,
+    form: Option<Form>,
 }
 
 impl Selection {
@@ -177,12 +194,12 @@ impl Selection {
             }
             chosen.push((op.name, variant.name));
         }
-        Ok(Selection { chosen })
+        Ok(Selection { chosen, form: None })
     }
 
     /// A selection of one variant, for tests.
     pub fn one(op: &'static Op, variant: &str) -> Result<Selection> {
-        Ok(Selection { chosen: vec![(op.name, op.variant(variant)?.name)] })
+        Ok(Selection { chosen: vec![(op.name, op.variant(variant)?.name)], form: None })
     }
 
     /// The same with `variant` for `op` where nothing else was chosen. Stages fix their variants with it: were
@@ -194,10 +211,26 @@ impl Selection {
         Ok(self)
     }
 
+    /// The same with the products' defaults of a stage, for the reason that [`Selection::or`] gives. Which variants
+    /// these are depends on how a weight lies in memory, so ops cannot be given them by name.
+    pub fn for_products(mut self, form: Form) -> Selection {
+        self.form = Some(form);
+        self
+    }
+
+    /// The form of products that the stage fixes, if it does.
+    pub fn form(&self) -> Option<Form> {
+        self.form
+    }
+
+    /// The variant chosen for `op` by name.
+    pub fn chosen(&self, op: &Op) -> Option<&'static str> {
+        self.chosen.iter().find(|(o, _)| *o == op.name).map(|(_, v)| *v)
+    }
+
     /// The variant of `op`: the chosen one, else `default`.
     pub fn variant(&self, op: &'static Op, default: &str) -> Result<&'static Variant> {
-        let name = self.chosen.iter().find(|(o, _)| *o == op.name).map_or(default, |(_, v)| v);
-        op.variant(name)
+        op.variant(self.chosen(op).unwrap_or(default))
     }
 }
 

@@ -25,6 +25,21 @@ pub static OP: Op = Op {
             kernels: kernels!("o_proj", f32: "o_proj_tile_f32", bf16: "o_proj_tile_bf16"),
             summary: "64 x 64 tiles in shared memory, for prompts; any shape",
         },
+        Variant {
+            name: "stream",
+            kernels: kernels!("o_proj", bf16: "o_proj_stream_bf16"),
+            summary: "equal shares of packed weights per SM, loads to registers; K % 32 = 0",
+        },
+        Variant {
+            name: "ring",
+            kernels: kernels!("o_proj", bf16: "o_proj_ring_bf16"),
+            summary: "the same by bulk copies into a ring in shared memory; K % 32 = 0, K >= 64",
+        },
+        Variant {
+            name: "mma",
+            kernels: kernels!("o_proj", bf16: "o_proj_mma_bf16"),
+            summary: "128 x 128 tiles on tensor cores from packed weights, for prompts; K % 32 = 0",
+        },
     ],
     cases,
 };
@@ -45,7 +60,13 @@ fn cases() -> Vec<Case> {
         shape(9, 99, 54, true),
         shape(37, 96, 48, false),
         shape(130, 70, 33, false),
+        // Packed weights: rows of one step, odd outputs, one tile for all SMs, long rows, several groups of rows.
+        shape(4, 50, 32, true),
+        shape(6, 33, 96, true),
+        shape(7, 16, 992, false),
+        shape(19, 100, 288, true),
+        shape(140, 75, 64, true),
     ];
     let real = |rows| shape(rows, 5120, 5120, false);
-    project::cases(&OP, &shapes, &[real(1), real(2), real(3), real(37)])
+    project::cases(&OP, &shapes, &[real(1), real(2), real(3), real(8), real(37), real(130)])
 }

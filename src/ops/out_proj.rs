@@ -2,24 +2,43 @@
 
 use super::harness::{Case, Check, Rig, Scale, compare};
 use super::params::{GenerationState, OutProjParams};
-use super::shared::{self, Checks};
+use super::product::{self, Product, ProductScratch, Weight};
+use super::shared;
 use super::{DType, Launch, Op, Variant};
 use crate::device::{Node, ParamBytes, Span};
 use crate::error::Result;
 use crate::kernels;
 use crate::reference::out_proj::{OutProj, out_proj};
 use crate::reference::{Exact, PlainBf16, PlainF32};
+use crate::weights::pack::Pairing;
 
 /// The registry row.
 pub static OP: Op = Op {
     name: "out_proj",
     summary: "c = w (rms(x) + pos_embed[token]) + bias; rms(x) kept if asked for",
     bound: "bytes of w (52.4 MB per token at 14B in bf16)",
-    variants: &[Variant {
-        name: "plain",
-        kernels: kernels!("out_proj", f32: "out_proj_plain_f32", bf16: "out_proj_plain_bf16"),
-        summary: "warp per two outputs, weights read once per 8 rows; any shape",
-    }],
+    variants: &[
+        Variant {
+            name: "plain",
+            kernels: kernels!("out_proj", f32: "out_proj_plain_f32", bf16: "out_proj_plain_bf16"),
+            summary: "warp per two outputs, weights read once per 8 rows; any shape",
+        },
+        Variant {
+            name: "stream",
+            kernels: kernels!("out_proj", bf16: "out_proj_stream_bf16"),
+            summary: "equal shares of packed weights per SM, loads to registers; K % 32 = 0",
+        },
+        Variant {
+            name: "ring",
+            kernels: kernels!("out_proj", bf16: "out_proj_ring_bf16"),
+            summary: "the same by bulk copies into a ring in shared memory; K % 32 = 0, K >= 64",
+        },
+        Variant {
+            name: "mma",
+            kernels: kernels!("out_proj", bf16: "out_proj_mma_bf16"),
+            summary: "128 x 128 tiles on tensor cores from packed weights, for prompts; K % 32 = 0",
+        },
+    ],
     cases,
 };
 
@@ -44,7 +63,7 @@ pub struct Args {
     /// `gen_pos_embed`, if the model has one.
     pub pos_embed: Option<PosEmbed>,
     /// `[hidden_size, hidden_size]`
-    pub w: Span,
+    pub w: Weight,
     /// `[hidden_size]`
     pub bias: Span,
     /// `[rows, hidden_size]`, written: the normalised rows.
@@ -57,18 +76,21 @@ pub struct Args {
     pub hidden: usize,
     /// `rms_norm_eps`.
     pub eps: f32,
+    /// Scratch of the variants that share tiles between blocks.
+    pub scratch: Option<ProductScratch>,
 }
 
 /// The node that computes `args`.
 pub fn node(launch: &Launch, label: &str, args: &Args) -> Result<Node> {
     let a = args;
-    let variant = launch.selection.variant(&OP, "plain")?;
-    let checks = Checks::new(OP.name, variant.name);
+    let shape = product::Shape { rows: a.rows, inner: a.hidden, units: a.hidden.div_ceil(2) };
+    let product = Product::new(&OP, launch, a.w.layout, shape, a.scratch)?;
+    let checks = product.checks;
     let e = launch.dtype.bytes();
     checks.product("rows * hidden", &[a.rows, a.hidden])?;
     let x = checks.span("x", a.x, 4, &[a.rows, a.hidden])?;
     let norm_w = checks.span("norm_w", a.norm_w, e, &[a.hidden])?;
-    let w = checks.span("w", a.w, e, &[a.hidden, a.hidden])?;
+    let w = product.weight("w", a.w.span, launch.dtype, a.hidden, shape)?;
     let bias = checks.span("bias", a.bias, e, &[a.hidden])?;
     let norm_out = checks.optional("norm_out", a.norm_out, e, &[a.rows, a.hidden])?;
     let c = checks.span("c", a.c, e, &[a.rows, a.hidden])?;
@@ -77,9 +99,12 @@ pub fn node(launch: &Launch, label: &str, args: &Args) -> Result<Node> {
     if let Some(p) = a.pos_embed {
         let table = checks.span("pos_embed", p.table, e, &[p.rows, a.hidden])?;
         let counter = checks.span("state", p.state, 4, &[size_of::<GenerationState>() / 4])?;
+        product.aligned(&[("pos_embed", table)])?;
         reads.extend([table, counter]);
         (pos_embed, state, pos_rows) = (table.ptr.0, counter.ptr.0, checks.dim("pos_rows", p.rows)?);
     }
+    product.aligned(&[("x", x), ("norm_w", norm_w)])?;
+    let [partial, arrivals] = product.scratch();
     let params = OutProjParams {
         x: x.ptr.0,
         norm_w: norm_w.ptr.0,
@@ -89,6 +114,8 @@ pub fn node(launch: &Launch, label: &str, args: &Args) -> Result<Node> {
         bias: bias.ptr.0,
         norm_out: shared::address(norm_out),
         c: c.ptr.0,
+        partial,
+        arrivals,
         rows: checks.dim("rows", a.rows)?,
         hidden: checks.dim("hidden", a.hidden)?,
         pos_rows,
@@ -96,10 +123,11 @@ pub fn node(launch: &Launch, label: &str, args: &Args) -> Result<Node> {
     };
     let mut writes = vec![c];
     writes.extend(norm_out);
+    product.declare(&mut reads, &mut writes);
     Ok(Node {
         label: label.into(),
-        kernel: variant.kernel(OP.name, launch.dtype)?,
-        geometry: shared::product_geometry(launch, variant.name, a.rows, a.hidden, a.hidden.div_ceil(2)),
+        kernel: product.variant.kernel(OP.name, launch.dtype)?,
+        geometry: product.geometry,
         params: ParamBytes::of(&params),
         reads,
         writes,
@@ -126,35 +154,49 @@ fn cases() -> Vec<Case> {
         shape(5, 75, Some((9, 0)), true),
         shape(9, 96, None, false),
         shape(18, 66, Some((3, 1)), true),
+        shape(4, 32, Some((3, 1)), false),
+        shape(7, 288, None, true),
     ];
-    let real = [1, 2, 3].map(|rows| shape(rows, 5120, None, true));
+    let real = [1, 2, 3, 8].map(|rows| shape(rows, 5120, None, true));
     let mut cases = Vec::new();
     for &dtype in DType::ALL {
-        for s in shapes {
-            let scale = shared::scale_for((2 * s.rows * s.hidden * s.hidden) as u64);
-            cases.push(make_case(s, dtype, scale));
-        }
-        for s in real {
-            cases.push(make_case(s, dtype, Scale::Real));
+        for (shapes, scale) in [(&shapes[..], None), (&real[..], Some(Scale::Real))] {
+            for &s in shapes {
+                for variant in product::case_variants(&OP, dtype, (s.rows, s.hidden), scale.is_some()) {
+                    cases.push(make_case(s, variant, dtype, scale));
+                }
+            }
         }
     }
     cases
 }
 
-fn make_case(s: Shape, dtype: DType, scale: Scale) -> Case {
+fn make_case(s: Shape, variant: &'static str, dtype: DType, scale: Option<Scale>) -> Case {
     let flops = (2 * s.rows * s.hidden * s.hidden) as u64;
     let bytes = (s.hidden * s.hidden * dtype.bytes()) as u64;
     let pos = s.pos_embed.map_or("none".into(), |(rows, token)| format!("{token}of{rows}"));
     let label =
         format!("rows={},hidden={},pos_embed={pos},norm_out={}", s.rows, s.hidden, u8::from(s.norm_out));
-    shared::case(&OP, "plain", dtype, scale, (bytes, flops), label, move |rig, launch| run(rig, launch, s))
+    let scale = scale.unwrap_or(shared::scale_for(flops));
+    product::case(&OP, variant, dtype, scale, (s.rows, bytes, flops), label, move |rig, launch, scratch| {
+        run(variant, rig, launch, s, scratch)
+    })
 }
 
-fn run(rig: &mut Rig, launch: &Launch, s: Shape) -> Result<Vec<Check>> {
+fn run(
+    variant: &str,
+    rig: &mut Rig,
+    launch: &Launch,
+    s: Shape,
+    scratch: Option<ProductScratch>,
+) -> Result<Vec<Check>> {
     let dtype = launch.dtype;
     let x = rig.random("x", DType::F32, s.rows * s.hidden, 2.0)?;
     let norm_w = rig.random("norm_w", dtype, s.hidden, 1.0)?;
-    let w = rig.random("w", dtype, s.hidden * s.hidden, 1.0 / (s.hidden as f32).sqrt())?;
+    let deviation = 1.0 / (s.hidden as f32).sqrt();
+    let size = (s.hidden, s.hidden);
+    let (weights, w) =
+        product::random_weight(rig, variant, ("w", dtype, deviation), size, Pairing::Neighbours)?;
     let bias = rig.random("bias", dtype, s.hidden, 0.5)?;
     let c = rig.output("c", dtype, s.rows * s.hidden)?;
     let norm_out = s.norm_out.then(|| rig.output("norm_out", dtype, s.rows * s.hidden)).transpose()?;
@@ -171,20 +213,21 @@ fn run(rig: &mut Rig, launch: &Launch, s: Shape) -> Result<Vec<Check>> {
         x: x.span,
         norm_w: norm_w.span,
         pos_embed,
-        w: w.span,
+        w,
         bias: bias.span,
         norm_out,
         c,
         rows: s.rows,
         hidden: s.hidden,
         eps: 1e-6,
+        scratch,
     };
     rig.run(&node(launch, "test.out_proj", &args)?)?;
     let inputs = OutProj {
         x: &x.values,
         norm_weight: &norm_w.values,
         pos_embed: added.as_deref(),
-        weight: &w.values,
+        weight: &weights,
         bias: &bias.values,
         hidden_size: s.hidden,
         eps: 1e-6,

@@ -70,7 +70,7 @@ pub struct QkvParams {
     pub x: u64,
     /// [D] E
     pub norm_w: u64,
-    /// [(Q+2G)\*d, D] E: q rows, k rows, v rows
+    /// [(Q+2G)\*d, D] E: q rows, k rows, v rows; packed for stream, ring and mma
     pub w: u64,
     /// [(Q+2G)\*d] E, optional
     pub bias: u64,
@@ -88,6 +88,10 @@ pub struct QkvParams {
     pub k_cache: u64,
     /// [S, G, capacity, d] E, slot row_pos written
     pub v_cache: u64,
+    /// [groups of 8 rows, blocks, 2, 128] float: sums of tiles that blocks share; stream, ring
+    pub partial: u64,
+    /// [groups of 8 rows, blocks] uint32, zero before and after every launch; stream, ring
+    pub arrivals: u64,
     pub rows: u32,
     pub hidden: u32,
     pub heads_q: u32,
@@ -97,7 +101,7 @@ pub struct QkvParams {
     pub positions: u32,
     pub eps: f32,
 }
-const _: () = assert!(size_of::<QkvParams>() == 120);
+const _: () = assert!(size_of::<QkvParams>() == 136);
 
 /// out[m, h, :] = softmax(scale \* q[m, h, :] . k[0..=row_pos[m]]) v; query head h reads kv head h / (Q/G)
 #[repr(C)]
@@ -136,18 +140,22 @@ const _: () = assert!(size_of::<AttentionParams>() == 96);
 pub struct ProjectParams {
     /// [M, K] E
     pub in_: u64,
-    /// [D, K] E
+    /// [D, K] E; packed for stream, ring and mma
     pub w: u64,
     /// [D] E, optional
     pub bias: u64,
     /// [M, D] float, read and written
     pub x: u64,
+    /// [groups of 8 rows, blocks, 2, 128] float: sums of tiles that blocks share; stream, ring
+    pub partial: u64,
+    /// [groups of 8 rows, blocks] uint32, zero before and after every launch; stream, ring
+    pub arrivals: u64,
     pub rows: u32,
     pub hidden: u32,
     pub inner: u32,
     pub pad: u32,
 }
-const _: () = assert!(size_of::<ProjectParams>() == 48);
+const _: () = assert!(size_of::<ProjectParams>() == 64);
 
 /// act = silu(w_gate h + b_gate) \* (w_up h + b_up), h = E(rms(x)) \* norm_w
 #[repr(C)]
@@ -157,7 +165,7 @@ pub struct GateUpParams {
     pub x: u64,
     /// [D] E
     pub norm_w: u64,
-    /// [I, D] E
+    /// [I, D] E; for stream, ring and mma both weights, packed
     pub w_gate: u64,
     /// [I, D] E
     pub w_up: u64,
@@ -167,12 +175,16 @@ pub struct GateUpParams {
     pub up_bias: u64,
     /// [M, I] E, written
     pub act: u64,
+    /// [groups of 8 rows, blocks, 2, 128] float: sums of tiles that blocks share; stream, ring
+    pub partial: u64,
+    /// [groups of 8 rows, blocks] uint32, zero before and after every launch; stream, ring
+    pub arrivals: u64,
     pub rows: u32,
     pub hidden: u32,
     pub intermediate: u32,
     pub eps: f32,
 }
-const _: () = assert!(size_of::<GateUpParams>() == 72);
+const _: () = assert!(size_of::<GateUpParams>() == 88);
 
 /// h = E(rms(x)) \* norm_w; c = w E(h + pos_embed[token]) + bias: final norm and image_out_projector
 #[repr(C)]
@@ -186,7 +198,7 @@ pub struct OutProjParams {
     pub pos_embed: u64,
     /// GenerationState; read only with pos_embed
     pub state: u64,
-    /// [D, D] E
+    /// [D, D] E; packed for stream, ring and mma
     pub w: u64,
     /// [D] E
     pub bias: u64,
@@ -194,12 +206,16 @@ pub struct OutProjParams {
     pub norm_out: u64,
     /// [S, D] E, written
     pub c: u64,
+    /// [groups of 8 rows, blocks, 2, 128] float: sums of tiles that blocks share; stream, ring
+    pub partial: u64,
+    /// [groups of 8 rows, blocks] uint32, zero before and after every launch; stream, ring
+    pub arrivals: u64,
     pub rows: u32,
     pub hidden: u32,
     pub pos_rows: u32,
     pub eps: f32,
 }
-const _: () = assert!(size_of::<OutProjParams>() == 80);
+const _: () = assert!(size_of::<OutProjParams>() == 96);
 
 /// y = act(w x + bias)
 #[repr(C)]
@@ -207,12 +223,16 @@ const _: () = assert!(size_of::<OutProjParams>() == 80);
 pub struct LinearParams {
     /// [M, K] E
     pub x: u64,
-    /// [O, K] E
+    /// [O, K] E; packed for stream, ring and mma
     pub w: u64,
     /// [O] E, optional
     pub bias: u64,
     /// [M, O] E, or float with out_f32, written
     pub y: u64,
+    /// [groups of 8 rows, blocks, 2, 128] float: sums of tiles that blocks share; stream, ring
+    pub partial: u64,
+    /// [groups of 8 rows, blocks] uint32, zero before and after every launch; stream, ring
+    pub arrivals: u64,
     pub rows: u32,
     pub outputs: u32,
     pub inner: u32,
@@ -222,7 +242,7 @@ pub struct LinearParams {
     pub out_f32: u32,
     pub pad: u32,
 }
-const _: () = assert!(size_of::<LinearParams>() == 56);
+const _: () = assert!(size_of::<LinearParams>() == 72);
 
 /// mod[n, s, :] = w silu(time[n, :] + cond[s, :]) + bias, for all evaluations n and sequences s at once
 #[repr(C)]

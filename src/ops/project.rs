@@ -2,12 +2,14 @@
 
 use super::harness::{Case, Check, Rig, Scale, compare};
 use super::params::ProjectParams;
-use super::shared::{self, Checks};
+use super::product::{self, Product, ProductScratch, Weight};
+use super::shared;
 use super::{DType, Launch, Op};
 use crate::device::{Node, ParamBytes, Span};
 use crate::error::Result;
 use crate::reference::project::{Project, project};
 use crate::reference::{Exact, PlainBf16, PlainF32};
+use crate::weights::pack::Pairing;
 
 /// Tensors and dimensions; shapes in `kernels/params.h` (`ProjectParams`).
 #[derive(Clone, Copy, Debug)]
@@ -15,7 +17,7 @@ pub struct Args {
     /// `[rows, inner]`
     pub input: Span,
     /// `[hidden_size, inner]`
-    pub w: Span,
+    pub w: Weight,
     /// `[hidden_size]`
     pub bias: Option<Span>,
     /// Residual stream, `[rows, hidden_size]` f32, read and written.
@@ -26,37 +28,45 @@ pub struct Args {
     pub hidden: usize,
     /// Columns of `input`.
     pub inner: usize,
+    /// Scratch of the variants that share tiles between blocks.
+    pub scratch: Option<ProductScratch>,
 }
 
 /// The node that computes `args` as `op`.
 pub(super) fn node(op: &'static Op, launch: &Launch, label: &str, args: &Args) -> Result<Node> {
     let a = args;
-    let variant = launch.selection.variant(op, shared::product_variant(a.rows))?;
-    let checks = Checks::new(op.name, variant.name);
+    let shape = product::Shape { rows: a.rows, inner: a.inner, units: a.hidden.div_ceil(2) };
+    let product = Product::new(op, launch, a.w.layout, shape, a.scratch)?;
+    let checks = product.checks;
     let e = launch.dtype.bytes();
     let input = checks.span("in", a.input, e, &[a.rows, a.inner])?;
-    let w = checks.span("w", a.w, e, &[a.hidden, a.inner])?;
+    let w = product.weight("w", a.w.span, launch.dtype, a.hidden, shape)?;
     let bias = checks.optional("bias", a.bias, e, &[a.hidden])?;
     let x = checks.span("x", a.x, 4, &[a.rows, a.hidden])?;
+    product.aligned(&[("in", input)])?;
+    let [partial, arrivals] = product.scratch();
     let params = ProjectParams {
         in_: input.ptr.0,
         w: w.ptr.0,
         bias: shared::address(bias),
         x: x.ptr.0,
+        partial,
+        arrivals,
         rows: checks.dim("rows", a.rows)?,
         hidden: checks.dim("hidden", a.hidden)?,
         inner: checks.dim("inner", a.inner)?,
         pad: 0,
     };
-    let mut reads = vec![input, w, x];
+    let (mut reads, mut writes) = (vec![input, w, x], vec![x]);
     reads.extend(bias);
+    product.declare(&mut reads, &mut writes);
     Ok(Node {
         label: label.into(),
-        kernel: variant.kernel(op.name, launch.dtype)?,
-        geometry: shared::product_geometry(launch, variant.name, a.rows, a.inner, a.hidden.div_ceil(2)),
+        kernel: product.variant.kernel(op.name, launch.dtype)?,
+        geometry: product.geometry,
         params: ParamBytes::of(&params),
         reads,
-        writes: vec![x],
+        writes,
     })
 }
 
@@ -73,14 +83,13 @@ pub(super) struct Shape {
 pub(super) fn cases(op: &'static Op, shapes: &[Shape], real: &[Shape]) -> Vec<Case> {
     let mut cases = Vec::new();
     for &dtype in DType::ALL {
-        for &shape in shapes {
-            for variant in ["plain", "tile"] {
-                cases.push(make_case(op, shape, variant, dtype, None));
+        for (shapes, scale) in [(shapes, None), (real, Some(Scale::Real))] {
+            for &shape in shapes {
+                let size = (shape.rows, shape.inner);
+                for variant in product::case_variants(op, dtype, size, scale.is_some()) {
+                    cases.push(make_case(op, shape, variant, dtype, scale));
+                }
             }
-        }
-        for &shape in real {
-            let variant = shared::product_variant(shape.rows);
-            cases.push(make_case(op, shape, variant, dtype, Some(Scale::Real)));
         }
     }
     cases
@@ -91,29 +100,41 @@ fn make_case(op: &'static Op, s: Shape, variant: &'static str, dtype: DType, sca
     let bytes = (s.hidden * s.inner * dtype.bytes()) as u64;
     let label = format!("rows={},hidden={},inner={},bias={}", s.rows, s.hidden, s.inner, u8::from(s.bias));
     let scale = scale.unwrap_or(shared::scale_for(flops));
-    shared::case(op, variant, dtype, scale, (bytes, flops), label, move |rig, launch| run(op, rig, launch, s))
+    product::case(op, variant, dtype, scale, (s.rows, bytes, flops), label, move |rig, launch, scratch| {
+        run((op, variant), rig, launch, s, scratch)
+    })
 }
 
-fn run(op: &'static Op, rig: &mut Rig, launch: &Launch, s: Shape) -> Result<Vec<Check>> {
+fn run(
+    (op, variant): (&'static Op, &str),
+    rig: &mut Rig,
+    launch: &Launch,
+    s: Shape,
+    scratch: Option<ProductScratch>,
+) -> Result<Vec<Check>> {
     let dtype = launch.dtype;
     let input = rig.random("in", dtype, s.rows * s.inner, 1.0)?;
-    let w = rig.random("w", dtype, s.hidden * s.inner, 1.0 / (s.inner as f32).sqrt())?;
+    let deviation = 1.0 / (s.inner as f32).sqrt();
+    let size = (s.hidden, s.inner);
+    let (weights, w) =
+        product::random_weight(rig, variant, ("w", dtype, deviation), size, Pairing::Neighbours)?;
     let bias = s.bias.then(|| rig.random("bias", dtype, s.hidden, 0.5)).transpose()?;
     let x = rig.random("x", DType::F32, s.rows * s.hidden, 1.0)?;
     let args = Args {
         input: input.span,
-        w: w.span,
+        w,
         bias: bias.as_ref().map(|b| b.span),
         x: x.span,
         rows: s.rows,
         hidden: s.hidden,
         inner: s.inner,
+        scratch,
     };
     rig.run(&node(op, launch, "test.project", &args)?)?;
     let got = rig.read(x.span, DType::F32)?;
     let inputs = Project {
         input: &input.values,
-        weight: &w.values,
+        weight: &weights,
         bias: bias.as_ref().map(|b| b.values.as_slice()),
         x: &x.values,
         inner: s.inner,

@@ -5,6 +5,7 @@
 
 use super::harness::{Case, Check, Rig, Scale, compare};
 use super::params::QkvParams;
+use super::product::{self, Product, ProductScratch, Weight};
 use super::shared::{self, Checks};
 use super::{DType, Launch, Op, Variant};
 use crate::device::{Node, ParamBytes, Span};
@@ -12,6 +13,7 @@ use crate::error::Result;
 use crate::kernels;
 use crate::reference::qkv::{Projected, Qkv, qkv};
 use crate::reference::{Exact, PlainBf16, PlainF32};
+use crate::weights::pack::Pairing;
 
 /// The registry row.
 pub static OP: Op = Op {
@@ -29,6 +31,21 @@ pub static OP: Op = Op {
             kernels: kernels!("qkv", f32: "qkv_tile_f32", bf16: "qkv_tile_bf16"),
             summary: "64 x 64 tiles in shared memory, for prompts; any shape",
         },
+        Variant {
+            name: "stream",
+            kernels: kernels!("qkv", bf16: "qkv_stream_bf16"),
+            summary: "equal shares of packed weights per SM, loads to registers; K % 32 = 0",
+        },
+        Variant {
+            name: "ring",
+            kernels: kernels!("qkv", bf16: "qkv_ring_bf16"),
+            summary: "the same by bulk copies into a ring in shared memory; K % 32 = 0, K >= 64",
+        },
+        Variant {
+            name: "mma",
+            kernels: kernels!("qkv", bf16: "qkv_mma_bf16"),
+            summary: "128 x 128 tiles on tensor cores from packed weights, for prompts; K % 32 = 0",
+        },
     ],
     cases,
 };
@@ -41,7 +58,7 @@ pub struct Args {
     /// `[hidden_size]`
     pub norm_w: Span,
     /// `[(heads_q + 2 heads_kv) * head_dim, hidden_size]`
-    pub w: Span,
+    pub w: Weight,
     /// `[(heads_q + 2 heads_kv) * head_dim]`
     pub bias: Option<Span>,
     /// `[positions, head_dim]` f32: cosines, then sines.
@@ -76,13 +93,14 @@ pub struct Args {
     pub positions: usize,
     /// `rms_norm_eps`.
     pub eps: f32,
+    /// Scratch of the variants that share tiles between blocks.
+    pub scratch: Option<ProductScratch>,
 }
 
 /// The node that computes `args`.
 pub fn node(launch: &Launch, label: &str, args: &Args) -> Result<Node> {
     let a = args;
-    let variant = launch.selection.variant(&OP, shared::product_variant(a.rows))?;
-    let checks = Checks::new(OP.name, variant.name);
+    let checks = Checks::new(OP.name, "any");
     let e = launch.dtype.bytes();
     if a.head_dim == 0 || !a.head_dim.is_multiple_of(2) {
         return Err(
@@ -91,10 +109,13 @@ pub fn node(launch: &Launch, label: &str, args: &Args) -> Result<Node> {
     }
     let heads = a.heads_kv.saturating_mul(2).saturating_add(a.heads_q);
     let outputs = checks.product("(heads_q + 2 heads_kv) * head_dim", &[heads, a.head_dim])?;
+    let shape = product::Shape { rows: a.rows, inner: a.hidden, units: outputs / 2 };
+    let product = Product::new(&OP, launch, a.w.layout, shape, a.scratch)?;
+    let checks = product.checks;
     let cache = [a.sequences, a.heads_kv, a.capacity, a.head_dim];
     let x = checks.span("x", a.x, 4, &[a.rows, a.hidden])?;
     let norm_w = checks.span("norm_w", a.norm_w, e, &[a.hidden])?;
-    let w = checks.span("w", a.w, e, &[outputs, a.hidden])?;
+    let w = product.weight("w", a.w.span, launch.dtype, outputs, shape)?;
     let bias = checks.optional("bias", a.bias, e, &[outputs])?;
     let rope = checks.span("rope", a.rope, 4, &[a.positions, a.head_dim])?;
     let row_seq = checks.span("row_seq", a.row_seq, 4, &[a.rows])?;
@@ -103,6 +124,8 @@ pub fn node(launch: &Launch, label: &str, args: &Args) -> Result<Node> {
     let q = checks.span("q", a.q, e, &[a.rows, a.heads_q, a.head_dim])?;
     let k_cache = checks.span("k_cache", a.k_cache, e, &cache)?;
     let v_cache = checks.span("v_cache", a.v_cache, e, &cache)?;
+    product.aligned(&[("x", x), ("norm_w", norm_w)])?;
+    let [partial, arrivals] = product.scratch();
     let params = QkvParams {
         x: x.ptr.0,
         norm_w: norm_w.ptr.0,
@@ -115,6 +138,8 @@ pub fn node(launch: &Launch, label: &str, args: &Args) -> Result<Node> {
         q: q.ptr.0,
         k_cache: k_cache.ptr.0,
         v_cache: v_cache.ptr.0,
+        partial,
+        arrivals,
         rows: checks.dim("rows", a.rows)?,
         hidden: checks.dim("hidden", a.hidden)?,
         heads_q: checks.dim("heads_q", a.heads_q)?,
@@ -125,14 +150,16 @@ pub fn node(launch: &Launch, label: &str, args: &Args) -> Result<Node> {
         eps: a.eps,
     };
     let mut reads = vec![x, norm_w, w, rope, row_seq, row_pos, rope_offset];
+    let mut writes = vec![q, k_cache, v_cache];
     reads.extend(bias);
+    product.declare(&mut reads, &mut writes);
     Ok(Node {
         label: label.into(),
-        kernel: variant.kernel(OP.name, launch.dtype)?,
-        geometry: shared::product_geometry(launch, variant.name, a.rows, a.hidden, outputs / 2),
+        kernel: product.variant.kernel(OP.name, launch.dtype)?,
+        geometry: product.geometry,
         params: ParamBytes::of(&params),
         reads,
-        writes: vec![q, k_cache, v_cache],
+        writes,
     })
 }
 
@@ -182,19 +209,24 @@ fn cases() -> Vec<Case> {
         Shape::prompts(&[20, 17], 3, (96, 3, 1, 48), true),
         Shape::prompts(&[2, 2], 3, (99, 2, 1, 6), true),
         Shape::prompts(&[70], 1, (70, 2, 1, 34), false),
+        // Packed weights: rows of one step, a tail of a tile, long rows, several groups of rows.
+        Shape::prompts(&[3, 1], 2, (32, 2, 1, 6), true),
+        Shape::prompts(&[4, 3], 2, (288, 2, 1, 10), true),
+        Shape::prompts(&[90, 43], 2, (64, 3, 1, 16), true),
     ];
     let real = |lengths: &[u32]| Shape::prompts(lengths, 600, (5120, 40, 8, 128), true);
-    let real_shapes = [real(&[1]), real(&[1, 1]), real(&[1, 1, 1]), real(&[37])];
+    let eight = [1; 8];
+    let real_shapes =
+        [real(&[1]), real(&[1, 1]), real(&[1, 1, 1]), real(&eight), real(&[37]), real(&[70, 60])];
     let mut cases = Vec::new();
     for &dtype in DType::ALL {
-        for variant in ["plain", "tile"] {
-            for shape in &shapes {
-                cases.push(make_case(shape.clone(), variant, dtype, None));
+        for (shapes, scale) in [(&shapes[..], None), (&real_shapes[..], Some(Scale::Real))] {
+            for shape in shapes {
+                let size = (shape.row_seq.len(), shape.hidden);
+                for variant in product::case_variants(&OP, dtype, size, scale.is_some()) {
+                    cases.push(make_case(shape.clone(), variant, dtype, scale));
+                }
             }
-        }
-        for shape in &real_shapes {
-            let variant = shared::product_variant(shape.row_seq.len());
-            cases.push(make_case(shape.clone(), variant, dtype, Some(Scale::Real)));
         }
     }
     cases
@@ -214,10 +246,19 @@ fn make_case(s: Shape, variant: &'static str, dtype: DType, scale: Option<Scale>
         u8::from(s.bias)
     );
     let scale = scale.unwrap_or(shared::scale_for(flops));
-    shared::case(&OP, variant, dtype, scale, (bytes, flops), label, move |rig, launch| run(rig, launch, &s))
+    let rows = s.row_seq.len();
+    product::case(&OP, variant, dtype, scale, (rows, bytes, flops), label, move |rig, launch, scratch| {
+        run(variant, rig, launch, &s, scratch)
+    })
 }
 
-fn run(rig: &mut Rig, launch: &Launch, s: &Shape) -> Result<Vec<Check>> {
+fn run(
+    variant: &str,
+    rig: &mut Rig,
+    launch: &Launch,
+    s: &Shape,
+    scratch: Option<ProductScratch>,
+) -> Result<Vec<Check>> {
     let dtype = launch.dtype;
     let (rows, sequences) = (s.row_seq.len(), s.rope_offset.len());
     let outputs = (s.heads_q + 2 * s.heads_kv) * s.head_dim;
@@ -227,7 +268,9 @@ fn run(rig: &mut Rig, launch: &Launch, s: &Shape) -> Result<Vec<Check>> {
 
     let x = rig.random("x", DType::F32, rows * s.hidden, 1.5)?;
     let norm_w = rig.random("norm_w", dtype, s.hidden, 1.0)?;
-    let w = rig.random("w", dtype, outputs * s.hidden, 0.5 / (s.hidden as f32).sqrt())?;
+    let deviation = 0.5 / (s.hidden as f32).sqrt();
+    let (size, pairing) = ((outputs, s.hidden), Pairing::Rotary { head_dim: s.head_dim });
+    let (weights, w) = product::random_weight(rig, variant, ("w", dtype, deviation), size, pairing)?;
     let bias = s.bias.then(|| rig.random("bias", dtype, outputs, 0.5)).transpose()?;
     let half = s.head_dim / 2;
     let table = (0..positions * s.head_dim)
@@ -253,7 +296,7 @@ fn run(rig: &mut Rig, launch: &Launch, s: &Shape) -> Result<Vec<Check>> {
         &Args {
             x: x.span,
             norm_w: norm_w.span,
-            w: w.span,
+            w,
             bias: bias.as_ref().map(|b| b.span),
             rope: rope.span,
             row_seq,
@@ -271,13 +314,14 @@ fn run(rig: &mut Rig, launch: &Launch, s: &Shape) -> Result<Vec<Check>> {
             capacity: s.capacity,
             positions,
             eps: 1e-6,
+            scratch,
         },
     )?)?;
 
     let inputs = Qkv {
         x: &x.values,
         norm_weight: &norm_w.values,
-        weight: &w.values,
+        weight: &weights,
         bias: bias.as_ref().map(|b| b.values.as_slice()),
         rope: &rope.values,
         positions: &angles,

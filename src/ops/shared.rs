@@ -165,7 +165,7 @@ mod tests {
         qkv::Args {
             x: span(0),
             norm_w: span(1),
-            w: span(2),
+            w: span(2).into(),
             bias: Some(span(3)),
             rope: span(4),
             row_seq: span(5),
@@ -183,6 +183,7 @@ mod tests {
             capacity: 20,
             positions: 40,
             eps: 1e-6,
+            scratch: None,
         }
     }
 
@@ -288,12 +289,13 @@ mod tests {
     fn short_absent_and_misaligned_buffers_are_named() {
         let args = o_proj::Args {
             input: span(0),
-            w: span(1),
+            w: span(1).into(),
             bias: None,
             x: span(2),
             rows: 3,
             hidden: 512,
             inner: 512,
+            scratch: None,
         };
         let o_proj = |args| message(with_launch(DType::F32, |l| o_proj::node(l, "t", &args)));
         let short = o_proj(o_proj::Args { rows: 513, ..args });
@@ -302,7 +304,7 @@ mod tests {
             "{short}"
         );
         let absent = Span { ptr: DevicePtr::NULL, bytes: 1 << 20 };
-        assert!(o_proj(o_proj::Args { w: absent, ..args }).contains("w of shape [512, 512]"));
+        assert!(o_proj(o_proj::Args { w: absent.into(), ..args }).contains("w of shape [512, 512]"));
         let odd = Span { ptr: span(0).ptr.offset(2), bytes: 1 << 19 };
         assert!(o_proj(o_proj::Args { input: odd, ..args }).contains("not aligned"));
         assert!(with_launch(DType::F32, |l| o_proj::node(l, "t", &args)).is_ok());
@@ -329,13 +331,14 @@ mod tests {
             x: span(0),
             norm_w: span(1),
             pos_embed: None,
-            w: span(2),
+            w: span(2).into(),
             bias: span(3),
             norm_out: None,
             c: span(4),
             rows: 2,
             hidden: 64,
             eps: 1e-6,
+            scratch: None,
         };
         let plain = with_launch(DType::F32, |l| out_proj::node(l, "t", &args)).unwrap();
         assert_eq!((plain.reads.len(), plain.writes.len()), (4, 1));
@@ -346,7 +349,7 @@ mod tests {
 
         let linear_args = linear::Args {
             x: span(0),
-            w: span(1),
+            w: span(1).into(),
             bias: None,
             y: span(2),
             rows: 2,
@@ -354,6 +357,7 @@ mod tests {
             inner: 8,
             silu: false,
             out_f32: true,
+            scratch: None,
         };
         let y = |out_f32| {
             let args = linear::Args { out_f32, ..linear_args };

@@ -70,6 +70,7 @@ impl Models {
             (&config, &weights),
             (&vae_config, &vae_weights),
             dtype,
+            &context.options.selection,
         )?);
         self.loaded.push((key, loaded.clone()));
         Ok(loaded)

@@ -74,7 +74,7 @@ pub(super) fn run(context: &Context<'_>) -> Result<Outcome> {
     let config = VaeConfig::load(&dir)?;
     let weights = VaeWeights::new(Checkpoint::open(&dir, OpenOptions::default())?, &config)?;
     let mut stream = context.device.stream()?;
-    let mut up = Uploader::new(context.device.clone(), stream.as_mut(), dtype);
+    let mut up = Uploader::new(context.device.clone(), stream.as_mut(), dtype, &context.options.selection);
     // The patch size belongs to the tokens, which this case does not have.
     let decoder = VaeDecoder::load(&config, &weights, 1, &mut up)?;
     let encoder = VaeEncoder::load(&config, &weights, &mut up)?;

@@ -8,6 +8,7 @@
 pub mod convert;
 mod index;
 mod names;
+pub mod pack;
 mod pickle;
 mod safetensors;
 mod slots;

@@ -214,7 +214,8 @@ impl<'a> Chain<'a> {
         let outputs = layer.1.len();
         let rows = x.bytes / (inner * self.dtype.bytes());
         let y = self.rig.output("y", self.dtype, rows * outputs).unwrap();
-        let args = linear::Args { x, w, bias: Some(bias), y, rows, outputs, inner, silu, out_f32: false };
+        let (w, bias) = (w.into(), Some(bias));
+        let args = linear::Args { x, w, bias, y, rows, outputs, inner, silu, out_f32: false, scratch: None };
         let launch = Launch {
             selection: &self.selection,
             dtype: self.dtype,

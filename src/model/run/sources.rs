@@ -90,7 +90,7 @@ impl Run {
         let launch = self.launch(&selection);
         let (tokens, x) = (self.arena.span(slots.tokens), self.arena.span(slots.x));
         let count = self.spec.sources.tokens();
-        self.model.flow.record_in_projector(&launch, list, tokens, x, count)?;
+        self.model.flow.record_in_projector(&launch, list, tokens, x, count, self.scratch())?;
         Ok(Some(ops::embed::Source { x, rows: self.arena.span(slots.rows), count }))
     }
 }

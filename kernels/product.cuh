@@ -1,0 +1,40 @@
+/* The launch that all of the transformer's products share: prologue, wait, and the loop that the variant names.
+ *
+ *   sum[m, u, half] = dot(weight(u, half), h[m, :])       for rows m and units u (gemv.cuh); then emit(m, u, sums)
+ *
+ *   plain, tile          any shape, float or bf16, weights row by row as stored: weight(unit, half)
+ *   stream, ring, mma    bf16, K a multiple of 32, weights packed (packed.cuh): Product::packed
+ *
+ * One epilogue serves all of them.
+ */
+#pragma once
+#include "gemm_tile.cuh"
+#include "mma.cuh"
+#include "stream.cuh"
+
+/* activations() -> Raw or Normed, called after griddep_wait by all threads; weight and emit as for gemv. */
+template <Loop LOOP, class E, class Activations, class Weight, class Emit>
+DEV void product(const Product& p, Activations activations, Weight weight, Emit emit) {
+  griddep_launch();
+  if constexpr (LOOP == Loop::kStream) {
+    /* A chunk of loads may hold one end of a tile; short rows go step by step. */
+    if (p.inner >= 8 * kStepK) {
+      stream<Direct<8>>(p, activations, emit);
+    } else {
+      stream<Direct<1>>(p, activations, emit);
+    }
+  } else if constexpr (LOOP == Loop::kRing) {
+    stream<Ring>(p, activations, emit);
+  } else if constexpr (LOOP == Loop::kMma) {
+    mma_product(p, activations, emit);
+  } else {
+    if (LOOP == Loop::kPlain) gemv_prefetch<E>(p.inner, p.units, weight);
+    griddep_wait();
+    const auto h = activations();
+    if constexpr (LOOP == Loop::kPlain) {
+      gemv<E>(h, p.rows, p.inner, p.units, p.vec, weight, emit);
+    } else {
+      gemm_tile<E>(h, p.rows, p.inner, p.units, p.vec, weight, emit);
+    }
+  }
+}

@@ -1,0 +1,321 @@
+//! What the transformer's products share: how their weights lie in memory, which variant reads that, its geometry
+//! and scratch, and the test weights of either layout.
+//!
+//! `plain` and `tile` read weights as they are stored; `stream`, `ring` and `mma` read one packed copy
+//! ([`weights::pack`](crate::weights::pack)), bf16 only, which serves decoding and prompts alike.
+
+use super::harness::{Case, Check, Rig, Scale, encode};
+use super::shared::{self, Checks};
+use super::{DType, Form, Launch, Op, Variant, div_ceil};
+use crate::device::{Geometry, Span};
+use crate::error::{Error, Result};
+use crate::weights::pack::{Pairing, STEP, TILE_UNITS, Tiles};
+
+/// Threads of a block in every product.
+const THREADS: u32 = 256;
+/// Shared memory that a block of `stream.cuh` may take (`kSharedBytes`), and what lets two share an SM.
+const SHARED_BYTES: usize = 225 * 1024;
+const HALF_SHARED_BYTES: usize = 110 * 1024;
+/// The ring of `stream.cuh`: bytes of a stage, and stages at least and at most.
+const RING_STAGE_BYTES: usize = 16 * 1024;
+const RING_STAGES: (usize, usize) = (3, 8);
+/// Sums of cut tiles in shared memory (`kCutBytes`).
+const CUT_BYTES: usize = 8 * 1024;
+/// Floats that a block leaves of the tiles it shares with others.
+const PARTIAL_FLOATS: usize = 2 * 128;
+/// Block of `mma.cuh`: tiles, rows, and bytes of shared memory.
+const MMA_TILES: usize = 8;
+const MMA_ROWS: usize = 128;
+const MMA_SHARED_BYTES: u32 = 96 * 1024;
+
+/// How a weight matrix lies in device memory.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Layout {
+    /// Row by row, as stored.
+    Rows,
+    /// Packed by [`Tiles`].
+    Tiles,
+}
+
+impl Layout {
+    /// What the product variant called `name` reads.
+    pub fn of_variant(name: &str) -> Layout {
+        match name {
+            "stream" | "ring" | "mma" => Layout::Tiles,
+            _ => Layout::Rows,
+        }
+    }
+
+    /// How a weight of `op` with rows of `inner` elements is to be loaded: packed where that can be and no variant
+    /// is chosen that reads it unpacked.
+    pub fn to_load(op: &'static Op, selection: &super::Selection, dtype: DType, inner: usize) -> Layout {
+        let packs = dtype == DType::Bf16 && inner > 0 && inner.is_multiple_of(STEP);
+        match selection.chosen(op) {
+            _ if !packs => Layout::Rows,
+            Some(variant) => Layout::of_variant(variant),
+            None => Layout::Tiles,
+        }
+    }
+}
+
+/// A weight matrix on the device.
+#[derive(Clone, Copy, Debug)]
+pub struct Weight {
+    /// Where it is.
+    pub span: Span,
+    /// How it lies there.
+    pub layout: Layout,
+}
+
+impl From<Span> for Weight {
+    /// A matrix as stored.
+    fn from(span: Span) -> Weight {
+        Weight { span, layout: Layout::Rows }
+    }
+}
+
+/// Scratch of `stream` and `ring`: where blocks leave their sums of tiles that they share. One per stream of launches.
+#[derive(Clone, Copy, Debug)]
+pub struct ProductScratch {
+    /// Float sums, see [`ProductScratch::sizes`].
+    pub partial: Span,
+    /// u32 counters, zero before and after every launch.
+    pub arrivals: Span,
+}
+
+impl ProductScratch {
+    /// Floats of `partial` and counters of `arrivals` for products of up to `rows` rows.
+    pub fn sizes(sm_count: u32, rows: usize) -> (usize, usize) {
+        let blocks = rows.div_ceil(shared::ROW_GROUP).saturating_mul(sm_count.max(1) as usize);
+        (blocks.saturating_mul(PARTIAL_FLOATS), blocks)
+    }
+}
+
+/// Rows, K and units (pairs of weight rows) of a product.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct Shape {
+    pub rows: usize,
+    pub inner: usize,
+    pub units: usize,
+}
+
+/// A product about to be launched: its variant, checked against shape and layout.
+pub(super) struct Product {
+    pub variant: &'static Variant,
+    pub checks: Checks,
+    pub geometry: Geometry,
+    layout: Layout,
+    /// Partial sums and counters, where the variant takes them.
+    scratch: Option<[Span; 2]>,
+}
+
+impl Product {
+    /// The variant of `op` chosen by name, else the default for the layout and the rows.
+    pub fn new(
+        op: &'static Op,
+        launch: &Launch,
+        layout: Layout,
+        shape: Shape,
+        scratch: Option<ProductScratch>,
+    ) -> Result<Product> {
+        let many = match launch.selection.form() {
+            Some(form) => form == Form::Many,
+            None => shape.rows > shared::ROW_GROUP,
+        };
+        let default = match (layout, many) {
+            (Layout::Tiles, false) => "stream",
+            (Layout::Tiles, true) => "mma",
+            (Layout::Rows, true) if op.variant("tile").is_ok() => "tile",
+            (Layout::Rows, _) => "plain",
+        };
+        let variant = launch.selection.variant(op, default)?;
+        let checks = Checks::new(op.name, variant.name);
+        if Layout::of_variant(variant.name) != layout {
+            let [wanted, given] = [Layout::of_variant(variant.name), layout].map(|l| match l {
+                Layout::Rows => "as stored",
+                Layout::Tiles => "packed in tiles",
+            });
+            return Err(checks.refuse(format!(
+                "reads weights {wanted}, these are {given}: a weight is packed at load, in bf16 and where its rows \
+                 divide by {STEP}, unless a variant that cannot read it is chosen for the op then"
+            )));
+        }
+        let mut product =
+            Product { variant, checks, geometry: Geometry::linear(1, THREADS), layout, scratch: None };
+        match layout {
+            Layout::Rows => {
+                let Shape { rows, inner, units } = shape;
+                product.geometry = shared::product_geometry(launch, variant.name, rows, inner, units);
+            }
+            Layout::Tiles => product.packed(launch, shape, scratch)?,
+        }
+        product.geometry.dependent = launch.dependent;
+        Ok(product)
+    }
+
+    fn packed(&mut self, launch: &Launch, shape: Shape, scratch: Option<ProductScratch>) -> Result<()> {
+        let Shape { rows, inner, units } = shape;
+        if launch.dtype != DType::Bf16 || !inner.is_multiple_of(STEP) {
+            let dtype = launch.dtype.name();
+            return Err(self
+                .checks
+                .refuse(format!("K is {inner} in {dtype}, must divide by {STEP} in bf16")));
+        }
+        let tiles = units.div_ceil(TILE_UNITS);
+        let steps = self.checks.product("steps of the packed weights", &[tiles, inner / STEP])?;
+        if self.variant.name == "mma" {
+            self.geometry =
+                Geometry::linear(div_ceil(tiles, MMA_TILES), THREADS).with_shared(MMA_SHARED_BYTES);
+            self.geometry.grid[1] = div_ceil(rows, MMA_ROWS);
+            return Ok(());
+        }
+        let staged = (rows.clamp(1, shared::ROW_GROUP) * (inner | 32) * 2).max(CUT_BYTES);
+        if staged > SHARED_BYTES {
+            return Err(self.checks.refuse(format!(
+                "{} rows of {inner} take {staged} bytes of shared memory, {SHARED_BYTES} at most",
+                rows.min(shared::ROW_GROUP)
+            )));
+        }
+        let mut bytes = staged;
+        if self.variant.name == "ring" {
+            let stages = ring_stages(staged);
+            if stages < RING_STAGES.0 || inner < 2 * STEP {
+                return Err(self.checks.refuse(format!(
+                    "{} rows of {inner} take {staged} of {SHARED_BYTES} bytes of shared memory and leave {stages} \
+                     stages of {RING_STAGE_BYTES} for the ring, which needs {} and rows of {} or more",
+                    rows.min(shared::ROW_GROUP),
+                    RING_STAGES.0,
+                    2 * STEP
+                )));
+            }
+            bytes += stages * RING_STAGE_BYTES;
+        }
+        let blocks = (launch.sm_count.max(1) as usize).min(steps);
+        let groups = rows.div_ceil(shared::ROW_GROUP);
+        self.geometry = Geometry::linear(blocks as u32, THREADS).with_shared(bytes as u32);
+        self.geometry.grid[1] = div_ceil(rows, shared::ROW_GROUP);
+        let given =
+            scratch.ok_or_else(|| self.checks.refuse("needs scratch for the sums of shared tiles"))?;
+        let (floats, counters) = (blocks.saturating_mul(PARTIAL_FLOATS), blocks);
+        self.scratch = Some([
+            self.checks.span("partial", given.partial, 4, &[groups, floats])?,
+            self.checks.span("arrivals", given.arrivals, 4, &[groups, counters])?,
+        ]);
+        Ok(())
+    }
+
+    /// The part of `weight` that the matrix takes: `[rows, inner]`, or its units packed.
+    pub fn weight(&self, name: &str, weight: Span, dtype: DType, rows: usize, shape: Shape) -> Result<Span> {
+        match self.layout {
+            Layout::Rows => self.checks.span(name, weight, dtype.bytes(), &[rows, shape.inner]),
+            Layout::Tiles => {
+                let tiles = shape.units.div_ceil(TILE_UNITS);
+                let span =
+                    self.checks.span(name, weight, dtype.bytes(), &[tiles, shape.inner, 2 * TILE_UNITS])?;
+                self.aligned(&[(name, span)])?;
+                Ok(span)
+            }
+        }
+    }
+
+    /// Refuses operands of the packed variants that 16-byte loads cannot read.
+    pub fn aligned(&self, operands: &[(&str, Span)]) -> Result<()> {
+        match operands.iter().find(|(_, s)| self.layout == Layout::Tiles && !s.ptr.0.is_multiple_of(16)) {
+            Some((name, s)) => {
+                Err(self.checks.refuse(format!("{name} at {:#x} is not 16-byte aligned", s.ptr.0)))
+            }
+            None => Ok(()),
+        }
+    }
+
+    /// Addresses of the partial sums and the counters, 0 where the variant takes none.
+    pub fn scratch(&self) -> [u64; 2] {
+        self.scratch.map_or([0; 2], |spans| spans.map(|s| s.ptr.0))
+    }
+
+    /// Adds the scratch to what a node reads and writes.
+    pub fn declare(&self, reads: &mut Vec<Span>, writes: &mut Vec<Span>) {
+        reads.extend(self.scratch.iter().flatten());
+        writes.extend(self.scratch.iter().flatten());
+    }
+}
+
+/// Stages of the ring beside `staged` bytes: half an SM's worth if that is deep enough, else all there is.
+fn ring_stages(staged: usize) -> usize {
+    let mut stages = HALF_SHARED_BYTES.saturating_sub(staged) / RING_STAGE_BYTES;
+    if stages < 4 {
+        stages = SHARED_BYTES.saturating_sub(staged) / RING_STAGE_BYTES;
+    }
+    stages.min(RING_STAGES.1)
+}
+
+/// Variants of a product that its cases run for `rows` rows of `inner` at `scale`: every one at test shapes, at real
+/// ones those that ship for so many rows.
+pub(super) fn case_variants(
+    op: &'static Op,
+    dtype: DType,
+    (rows, inner): (usize, usize),
+    real: bool,
+) -> impl Iterator<Item = &'static str> {
+    op.variants.iter().map(|v| v.name).filter(move |&name| {
+        let few = rows <= shared::ROW_GROUP;
+        let ships = match name {
+            "plain" => few || op.variant("tile").is_err(),
+            "tile" | "mma" => !few,
+            _ => few,
+        };
+        let packs = dtype == DType::Bf16 && inner.is_multiple_of(STEP);
+        // Wide rows leave the ring no room; that it says so is tested by itself.
+        let staged = (rows.clamp(1, shared::ROW_GROUP) * (inner | 32) * 2).max(CUT_BYTES);
+        let fits = name != "ring" || (inner >= 2 * STEP && ring_stages(staged) >= RING_STAGES.0);
+        (!real || ships) && (Layout::of_variant(name) == Layout::Rows || (packs && fits))
+    })
+}
+
+/// A case of a product: [`shared::case`] with scratch, whose counters must be zero again afterwards.
+pub(super) fn case(
+    op: &'static Op,
+    variant: &'static str,
+    dtype: DType,
+    scale: Scale,
+    (rows, bytes, flops): (usize, u64, u64),
+    label: String,
+    run: impl Fn(&mut Rig, &Launch, Option<ProductScratch>) -> Result<Vec<Check>> + Send + Sync + 'static,
+) -> Case {
+    shared::case(op, variant, dtype, scale, (bytes, flops), label, move |rig, launch| {
+        if Layout::of_variant(variant) == Layout::Rows {
+            return run(rig, launch, None);
+        }
+        let (floats, counters) = ProductScratch::sizes(launch.sm_count, rows);
+        let partial = rig.output("partial", DType::F32, floats)?;
+        let arrivals = rig.indices("arrivals", &vec![0; counters])?;
+        let checks = run(rig, launch, Some(ProductScratch { partial, arrivals }))?;
+        match rig.read_bytes(arrivals)?.iter().position(|&b| b != 0) {
+            Some(at) => Err(Error::Internal(format!("counter {} was not left at zero", at / 4))),
+            None => Ok(checks),
+        }
+    })
+}
+
+/// A random weight matrix `[rows, inner]` in the layout that `variant` reads, and its values row by row.
+pub(super) fn random_weight(
+    rig: &mut Rig,
+    variant: &str,
+    (name, dtype, scale): (&str, DType, f32),
+    (rows, inner): (usize, usize),
+    pairing: Pairing,
+) -> Result<(Vec<f32>, Weight)> {
+    let values = rig.normal(rows * inner, scale);
+    let layout = Layout::of_variant(variant);
+    match layout {
+        Layout::Rows => {
+            let tensor = rig.input(name, dtype, values)?;
+            Ok((tensor.values, tensor.span.into()))
+        }
+        Layout::Tiles => {
+            let (bytes, values) = encode(dtype, values);
+            let span = rig.bytes(name, &Tiles::new(rows, inner, pairing)?.pack(&bytes)?)?;
+            Ok((values, Weight { span, layout }))
+        }
+    }
+}
