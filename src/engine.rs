@@ -1,5 +1,6 @@
 //! A loaded model on a device, shared by any number of sessions.
 
+use crate::device::planning::PlanningDevice;
 use crate::device::{Device, DeviceInfo};
 use crate::error::{Error, Result};
 use crate::image::RgbImage;
@@ -64,7 +65,7 @@ impl Default for EngineOptions {
 /// What a request will take, computed without touching the device.
 #[derive(Clone, Debug, PartialEq, serde::Serialize)]
 pub struct Plan {
-    /// Weights, already on the device.
+    /// Weights, which all sessions share: on the device once the engine is loaded.
     pub weight_bytes: u64,
     /// Key/value cache of this request.
     pub cache_bytes: u64,
@@ -132,6 +133,16 @@ impl Engine {
             ModelSource::Dir(dir) => Engine::load_dir(dir, device, options),
             ModelSource::Demo => crate::demo::load(device, options),
         }
+    }
+
+    /// Opens and checks a model exactly as [`load`](Self::load) does, but reads no weights and takes no device: in a
+    /// moment and with little memory the engine answers [`plan`](Self::plan), [`limits`](Self::limits),
+    /// [`defaults`](Self::defaults) and [`request`](Self::request) as the loaded one would on a GPU of `sm_count` SMs
+    /// ([`HOPPER_SMS`](crate::device::planning::HOPPER_SMS) for an H100 or H200). Generating with it is an error.
+    ///
+    /// For a server that decides where a model goes, and which requests to take, before it loads anything.
+    pub fn for_planning(source: &ModelSource, sm_count: u32, options: EngineOptions) -> Result<Engine> {
+        Engine::load(source, Arc::new(PlanningDevice::new(sm_count)), options)
     }
 
     fn load_dir(dir: &Path, device: Arc<dyn Device>, options: EngineOptions) -> Result<Engine> {

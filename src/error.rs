@@ -67,6 +67,10 @@ pub enum Error {
     /// The caller asked to stop.
     #[error("cancelled after {tokens} image tokens")]
     Cancelled { tokens: usize },
+    /// The caller's callback panicked. The panic goes no further: what the generation held is freed, and engine and
+    /// session are as good as new.
+    #[error("the callback panicked: {message}")]
+    CallbackPanicked { message: String },
     /// A recorded case for `verify` is malformed.
     #[error("invalid case {}: {reason}", path.display())]
     InvalidCase { path: PathBuf, reason: String },

@@ -13,7 +13,9 @@ use crate::model::arena::Stage;
 use crate::model::run::Run;
 use crate::model::vae::Decoded;
 use crate::request::GenerateRequest;
+use std::any::Any;
 use std::collections::VecDeque;
+use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::Arc;
 use std::time::Instant;
 
@@ -45,7 +47,9 @@ struct Listener<'a> {
 
 impl Listener<'_> {
     fn send(&mut self, event: &Event) -> Result<()> {
-        match (self.callback)(event) {
+        // Nothing of ours is in the closure, so that a panic leaves nothing of ours half done.
+        let answer = catch_unwind(AssertUnwindSafe(|| (self.callback)(event)));
+        match answer.map_err(|panic| Error::CallbackPanicked { message: panic_message(&*panic) })? {
             Control::Continue => self.check(),
             Control::Stop => Err(Error::Cancelled { tokens: self.tokens_done }),
         }
@@ -59,6 +63,12 @@ impl Listener<'_> {
     }
 }
 
+/// The text of `panic!`, if it has one.
+fn panic_message(panic: &(dyn Any + Send)) -> String {
+    let text = panic.downcast_ref::<&str>().copied().or(panic.downcast_ref::<String>().map(String::as_str));
+    text.unwrap_or("with a value that is no text").to_owned()
+}
+
 impl Session {
     pub(crate) fn new(engine: Arc<Engine>) -> Session {
         Session { engine }
@@ -70,6 +80,22 @@ impl Session {
     }
 
     /// Makes the images of a request. `callback` is called on this thread; `cancel` may be set from any.
+    ///
+    /// Whatever comes back, all memory of the generation has been freed, and the session may be used again. The
+    /// callback may take its time (the device waits for it after at most a few tokens), may generate with another
+    /// session, and may panic, which ends the generation with [`Error::CallbackPanicked`]. It cannot use this session,
+    /// and cannot drop it:
+    ///
+    /// ```compile_fail,E0499
+    /// # use warpstep::{event::{CancelToken, Control}, request::GenerateRequest, session::Session};
+    /// fn reenter(session: &mut Session, request: &GenerateRequest) {
+    ///     let cancel = CancelToken::new();
+    ///     let _ = session.generate(request, &cancel, &mut |_| {
+    ///         let _ = session.generate(request, &cancel, &mut |_| Control::Continue);
+    ///         Control::Continue
+    ///     });
+    /// }
+    /// ```
     pub fn generate(
         &mut self,
         request: &GenerateRequest,

@@ -11,6 +11,7 @@ pub mod cubins;
 pub mod cuda;
 pub mod emulated;
 mod node;
+pub mod planning;
 
 pub use node::{Geometry, KernelId, MAX_PARAMS_BYTES, Node, NodeList, ParamBytes, Span};
 
@@ -96,6 +97,12 @@ pub trait Device: Send + Sync {
     /// Allocates `bytes` (256-byte aligned). `label` names the memory in reports and byte audits. Contents are
     /// undefined (tests fill them with NaN).
     fn alloc(&self, bytes: usize, label: &str) -> Result<Buffer>;
+
+    /// Whether memory holds what is written to it. False only of a device that plans; nothing needs to be converted
+    /// for one.
+    fn holds_data(&self) -> bool {
+        true
+    }
 
     /// Gives part of an allocation a name of its own in reports and byte audits. No effect where the device
     /// keeps none.

@@ -150,7 +150,13 @@ impl Backbone {
                 let grid = config.base_image_grid_size;
                 let span = match weights.find("gen_pos_embed") {
                     Some(view) => up.one("gen_pos_embed", &view)?,
-                    None => up.values("gen_pos_embed", position_table(grid, config.hidden_size))?,
+                    None => {
+                        let table = (grid * grid, config.hidden_size);
+                        up.rows("gen_pos_embed", table, |index, row| {
+                            position_row(grid, config.hidden_size, index, row);
+                            Ok(())
+                        })?
+                    }
                 };
                 (Some(span), grid * grid)
             }
@@ -393,19 +399,15 @@ pub fn rope_table(frequencies: &[f32], positions: usize, dtype: DType) -> Vec<f3
     table
 }
 
-/// The fixed position table of section 4 of model.md: `[grid * grid, D]`, column before row.
-fn position_table(grid: usize, hidden: usize) -> Vec<f32> {
+/// A row of the fixed position table, `[grid * grid, D]`: the column's sines and cosines before the row's.
+fn position_row(grid: usize, hidden: usize, index: usize, row: &mut Vec<f32>) {
     let quarter = hidden / 4;
     let frequency = |i: usize| 1.0 / 10_000f64.powf(i as f64 / quarter as f64);
-    let mut table = Vec::with_capacity(grid * grid * hidden);
-    for index in 0..grid * grid {
-        for position in [index % grid, index / grid] {
-            let angle = |i: usize| position as f64 * frequency(i);
-            table.extend((0..quarter).map(|i| angle(i).sin() as f32));
-            table.extend((0..quarter).map(|i| angle(i).cos() as f32));
-        }
+    for position in [index % grid, index / grid] {
+        let angle = |i: usize| position as f64 * frequency(i);
+        row.extend((0..quarter).map(|i| angle(i).sin() as f32));
+        row.extend((0..quarter).map(|i| angle(i).cos() as f32));
     }
-    table
 }
 
 #[cfg(test)]
@@ -423,10 +425,10 @@ mod tests {
     }
 
     #[test]
-    fn position_table_puts_the_column_first() {
-        let table = position_table(32, 8);
-        // Entry 33 is row 1, column 1; entry 32 is row 1, column 0.
-        let entry = &table[32 * 8..33 * 8];
+    fn position_row_puts_the_column_first() {
+        // Entry 32 is row 1, column 0.
+        let mut entry = Vec::new();
+        position_row(32, 8, 32, &mut entry);
         assert_eq!(&entry[..4], [0.0, 0.0, 1.0, 1.0]);
         assert!((entry[4] - 1f32.sin()).abs() < 1e-7);
     }

@@ -45,7 +45,8 @@ impl<'a> Uploader<'a> {
             DType::F32 => Dtype::F32,
             DType::Bf16 => Dtype::Bf16,
         };
-        for tensor in tensors {
+        let counted: &[TensorView<'_>] = if self.device.holds_data() { tensors } else { &[] };
+        for tensor in counted {
             let step = CHUNK_BYTES / self.dtype.bytes();
             let mut first = 0;
             while first < tensor.elements() {
@@ -135,12 +136,55 @@ impl<'a> Uploader<'a> {
         self.stack(label, std::slice::from_ref(tensor))
     }
 
-    /// Uploads values computed on the host, rounded to the device's element type.
-    pub fn values(&mut self, label: &str, values: Vec<f32>) -> Result<Span> {
-        let (bytes, _) = crate::ops::harness::encode(self.dtype, values);
-        let buffer = self.device.alloc(bytes.len(), label)?;
-        self.stream.upload(buffer.ptr(), &bytes)?;
-        self.bytes += bytes.len();
+    /// Uploads `count` values that `compute` makes on the host, rounded to the device's element type.
+    pub fn values(
+        &mut self,
+        label: &str,
+        count: usize,
+        compute: impl FnOnce() -> Result<Vec<f32>>,
+    ) -> Result<Span> {
+        let mut compute = Some(compute);
+        self.rows(label, (1, count), |_, row| {
+            if let Some(compute) = compute.take() {
+                *row = compute()?;
+            }
+            Ok(())
+        })
+    }
+
+    /// The same for `rows` rows of `width` values, which `row` appends one at a time, so that no more than a few are
+    /// held.
+    pub fn rows(
+        &mut self,
+        label: &str,
+        (rows, width): (usize, usize),
+        mut row: impl FnMut(usize, &mut Vec<f32>) -> Result<()>,
+    ) -> Result<Span> {
+        let too_large = || Error::Internal(format!("size of {label} overflows"));
+        let row_bytes = width.checked_mul(self.dtype.bytes()).ok_or_else(too_large)?;
+        let bytes = row_bytes.checked_mul(rows).ok_or_else(too_large)?;
+        // Before anything is computed: what the device has no room for, the host may not have either.
+        let buffer = self.device.alloc(bytes, label)?;
+        let step = (CHUNK_BYTES / row_bytes.max(1)).max(1);
+        let computed = if self.device.holds_data() { rows } else { 0 };
+        let mut at = buffer.ptr();
+        for first in (0..computed).step_by(step) {
+            let mut values = Vec::new();
+            let end = rows.min(first + step);
+            for index in first..end {
+                row(index, &mut values)?;
+            }
+            let (chunk, _) = crate::ops::harness::encode(self.dtype, values);
+            if chunk.len() != (end - first) * row_bytes {
+                return Err(Error::Internal(format!(
+                    "{} bytes of rows {first}..{end} of {label}",
+                    chunk.len()
+                )));
+            }
+            self.stream.upload(at, &chunk)?;
+            at = at.offset(chunk.len());
+        }
+        self.bytes += bytes;
         let span = buffer.span();
         self.buffers.push(buffer);
         Ok(span)

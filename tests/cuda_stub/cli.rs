@@ -9,6 +9,7 @@ fn warpstep(library: &std::path::Path, options: &str, arguments: &[&str]) -> Out
         .args(arguments)
         .env("WARPSTEP_CUDA_LIBRARY", library)
         .env("WARPSTEP_STUB", options)
+        .env_remove("CUDA_VISIBLE_DEVICES")
         .output()
         .unwrap()
 }

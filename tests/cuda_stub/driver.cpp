@@ -136,7 +136,7 @@ EXPORT int cuCtxPopCurrent_v2(void** context) {
 
 EXPORT int cuMemGetInfo_v2(size_t* free, size_t* total) {
     Call call("cuMemGetInfo_v2");
-    size_t used = 0;
+    size_t used = (size_t)call.s.options["foreign"];
     for (auto& [ptr, bytes] : call.s.memory) used += bytes;
     *total = (size_t)call.s.options["total"];
     *free = *total - used;
@@ -146,7 +146,7 @@ EXPORT int cuMemGetInfo_v2(size_t* free, size_t* total) {
 EXPORT int cuMemAlloc_v2(uint64_t* ptr, size_t bytes) {
     Call call("cuMemAlloc_v2");
     call.s.note(" bytes=%zu", bytes);
-    size_t used = bytes;
+    size_t used = bytes + (size_t)call.s.options["foreign"];
     for (auto& [start, size] : call.s.memory) used += size;
     if (call.code == kSuccess && bytes == 0) call.code = kInvalidValue;
     if (call.code == kSuccess && used > (size_t)call.s.options["total"]) call.code = kOutOfMemory;

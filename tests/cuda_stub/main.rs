@@ -4,6 +4,7 @@
 
 mod cli;
 mod failures;
+mod machines;
 mod picture;
 mod recorder;
 mod stub;

@@ -57,7 +57,7 @@ struct NodeState {
 struct State {
     std::mutex mutex;
     std::map<std::string, long> options = {{"version", 13000}, {"count", 1}, {"major", 9}, {"minor", 0},
-                                           {"sms", 4}, {"total", 1L << 34}, {"fail", 0}, {"code", 1}};
+                                           {"sms", 4}, {"total", 1L << 34}, {"foreign", 0}, {"fail", 0}, {"code", 1}};
     std::string fail_name;
     std::string log;
     uint64_t calls = 0, markers = 0;
@@ -69,7 +69,12 @@ struct State {
     std::map<Event*, Stream*> recorded;
 
     State() {
-        if (const char* text = getenv("WARPSTEP_STUB")) configure(text);
+        const char* text = getenv("WARPSTEP_STUB");
+        if (!text) return;
+        // In a process of its own it obeys the variable that drivers obey.
+        const char* visible = getenv("CUDA_VISIBLE_DEVICES");
+        if (visible && !*visible) options["count"] = 0;
+        configure(text);
     }
 
     // key=value,key=value

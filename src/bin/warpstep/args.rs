@@ -8,6 +8,7 @@ use warpstep::Error;
 use warpstep::device::Device;
 use warpstep::device::cuda::{CudaDevice, CudaOptions};
 use warpstep::device::emulated::{EmulatedDevice, EmulatedOptions};
+use warpstep::device::planning::HOPPER_SMS;
 use warpstep::ops::{DType, Selection};
 
 /// Environment variable with the path of the CUDA driver's library, for machines that keep it elsewhere, and tests.
@@ -87,6 +88,14 @@ impl DeviceArgs {
             dependent_launch: !self.no_dependent_launch,
             ..cuda_options()
         }
+    }
+
+    /// SMs to plan for: those of the GPU that was named, the given number, or an H100's.
+    pub fn planned_sm_count(&self) -> Result<u32> {
+        Ok(match self.device {
+            DeviceChoice::Cuda(_) => self.open()?.info().sm_count,
+            DeviceChoice::Auto | DeviceChoice::Emulated => self.sm_count.unwrap_or(HOPPER_SMS),
+        })
     }
 
     /// The chosen variants.

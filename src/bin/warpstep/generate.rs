@@ -119,6 +119,11 @@ pub struct Options {
     #[arg(long)]
     no_metadata: bool,
 
+    /// Say what the request will take, on stdout, and stop: the model is opened and checked, but no weights are read.
+    /// For an H100's 132 SMs unless --device cuda or --sm-count says otherwise.
+    #[arg(long)]
+    plan: bool,
+
     /// Print a JSON description of the result on stdout.
     #[arg(long)]
     json: bool,
@@ -157,7 +162,9 @@ impl Generate {
 impl Options {
     /// Makes the pictures.
     pub fn run(&self, prompt: &str, edit: Option<EditInput>) -> Result<ExitCode> {
-        check_output(&self.output)?;
+        if !self.plan {
+            check_output(&self.output)?;
+        }
         let source = match &self.model {
             Some(dir) => ModelSource::Dir(dir.clone()),
             None => ModelSource::Demo,
@@ -169,13 +176,15 @@ impl Options {
             kernels: self.device.selection()?,
             ..EngineOptions::default()
         };
-        let engine = Arc::new(Engine::load(&source, self.device.open()?, options)?);
+        let engine = Arc::new(match self.plan {
+            true => Engine::for_planning(&source, self.device.planned_sm_count()?, options)?,
+            false => Engine::load(&source, self.device.open()?, options)?,
+        });
         let mut request = self.request(&engine, prompt, edit.as_ref())?;
         request.preview_every_rows = self.preview;
         request.images = edit.map(|edit| edit.images).unwrap_or_default();
         let plan = engine.plan(&request)?;
-        eprintln!("{}: {}", engine.name(), request.describe());
-        eprintln!(
+        let sizes = format!(
             "{} image tokens x {}, {} branches, {:.1} MB of weights, {:.1} MB for this request",
             plan.image_tokens,
             plan.images,
@@ -183,6 +192,14 @@ impl Options {
             plan.weight_bytes as f64 / 1e6,
             plan.request_bytes() as f64 / 1e6
         );
+        if self.plan {
+            match self.json {
+                true => println!("{}", serde_json::json!({ "request": request, "plan": plan })),
+                false => println!("{}: {}\n{sizes}", engine.name(), request.describe()),
+            }
+            return Ok(ExitCode::SUCCESS);
+        }
+        eprintln!("{}: {}\n{sizes}", engine.name(), request.describe());
         let progress = progress_bar(plan.image_tokens as u64);
         let cancel = CancelToken::new();
         let mut unwritten = None;

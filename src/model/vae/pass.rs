@@ -26,18 +26,24 @@ impl Tensors {
     ) -> Result<Tensors> {
         let mut tensors = HashMap::new();
         for spec in weights.specs().iter().filter(|spec| spec.part == part) {
-            let mut values = convert::to_f32(&weights.get(&spec.name)?)?;
-            if let &[o, i, kh, kw] = spec.shape.as_slice() {
-                values = convert::conv_to_ohwi(&values, [o, i, kh, kw])?;
-            }
-            let span = up.values(&format!("vae.{}", spec.name), values)?;
+            let view = weights.get(&spec.name)?;
+            let span = up.values(&format!("vae.{}", spec.name), view.elements(), || {
+                let values = convert::to_f32(&view)?;
+                match *spec.shape.as_slice() {
+                    [o, i, kh, kw] => convert::conv_to_ohwi(&values, [o, i, kh, kw]),
+                    _ => Ok(values),
+                }
+            })?;
             tensors.insert(spec.name.clone(), span);
         }
         // The probe of norm_out is a convolution by one.
-        let identity = (0..channels * channels).map(|i| f32::from(u8::from(i % (channels + 1) == 0)));
-        for (what, values) in [("weight", identity.collect()), ("bias", vec![0.0; channels])] {
+        let one = |i: usize| f32::from(u8::from(i.is_multiple_of(channels + 1)));
+        let zero = |_: usize| 0.0;
+        let probe: [(&str, usize, &dyn Fn(usize) -> f32); 2] =
+            [("weight", channels * channels, &one), ("bias", channels, &zero)];
+        for (what, count, value) in probe {
             let name = format!("{PROBE}.{what}");
-            let span = up.values(&format!("vae.{name}"), values)?;
+            let span = up.values(&format!("vae.{name}"), count, || Ok((0..count).map(value).collect()))?;
             tensors.insert(name, span);
         }
         Ok(Tensors(tensors))
