@@ -5,7 +5,8 @@
 //   partial  [B, tiles, C_out, 2] float, optional: mean and sum of squared deviations of every channel of y over the
 //            pixels of a tile, as they are stored; group_stats merges them, and nobody reads y again for its norm
 //
-// Rounding: as conv2d.cu, and the normalised input is rounded to bf16, as the official code stores it.
+// Rounding: as conv2d.cu, and the input is rounded to bf16 where the official code stores it: after the norm and after
+// the swish. (Only after the swish is further from its pictures: independent roundings of the same value add up.)
 //
 // Bound: FLOPs. Grid (tiles of 8x16 pixels, blocks of 16 * NT output channels, images), 256 threads, two blocks per SM.
 // The eight warps are 4 (two rows of 16 pixels each) x 2 (8 * NT channels each); sums stay in registers.
@@ -81,7 +82,7 @@ DEV void put(const Input& in, bf16* patch, uint32_t slice, uint32_t chunk, v4u r
 #pragma unroll
       for (int i = 0; i < 4; i++) {
         const float n = f_fma(v[half * 4 + i], scale[i], offset[i]);
-        v[half * 4 + i] = in.silu ? swish(n) : n;
+        v[half * 4 + i] = in.silu ? swish(round_to<bf16>(n)) : n;
       }
     }
     raw = v4u{pack_bf16(v[0], v[1]), pack_bf16(v[2], v[3]), pack_bf16(v[4], v[5]), pack_bf16(v[6], v[7])};
