@@ -283,6 +283,28 @@ KERNEL(conformance_mma, ConformanceParams, 32, 1) {
   out[at] = c[0], out[at + 1] = c[1], out[below] = c[2], out[below + 1] = c[3];
 }
 
+/* in: A [32, 16] bf16, B [24, 16] bf16 by column, C [32, 24] float; out [32, 24] float = A B + C, 2 x 3 fragments. */
+KERNEL(conformance_mma_all, ConformanceParams, 32, 1) {
+  const uint32_t row = lane_id() / 4, pair = lane_id() % 4;
+  const uint32_t *a_in = words(p), *b_in = words(p) + 256;
+  uint32_t a[2][4], b[3][2];
+  float c[2][3][4];
+  for (uint32_t m = 0; m < 2; m++)
+    for (uint32_t i = 0; i < 4; i++) a[m][i] = a_in[(m * 16 + row + i % 2 * 8) * 8 + pair + i / 2 * 4];
+  for (uint32_t n = 0; n < 3; n++)
+    for (uint32_t i = 0; i < 2; i++) b[n][i] = b_in[(n * 8 + row) * 8 + pair + i * 4];
+  const auto at = [&](uint32_t m, uint32_t n, uint32_t i) {
+    return (m * 16 + row + i / 2 * 8) * 24 + n * 8 + pair * 2 + i % 2;
+  };
+  for (uint32_t m = 0; m < 2; m++)
+    for (uint32_t n = 0; n < 3; n++)
+      for (uint32_t i = 0; i < 4; i++) c[m][n][i] = floats(p)[448 + at(m, n, i)];
+  mma_bf16_all(c, a, b);
+  for (uint32_t m = 0; m < 2; m++)
+    for (uint32_t n = 0; n < 3; n++)
+      for (uint32_t i = 0; i < 4; i++) ptr<float>(p.out)[at(m, n, i)] = c[m][n][i];
+}
+
 /* in [count_in / 2, 2] float; out [10, count_in / 2]: what every build of the arithmetic must round alike. */
 KERNEL(conformance_exact_arithmetic, ConformanceParams, 64, 1) {
   const uint32_t pairs = p.count_in / 2;

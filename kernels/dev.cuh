@@ -233,6 +233,14 @@ DEV void mma_bf16_16816(float (&c)[4], const uint32_t (&a)[4], const uint32_t (&
       : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
       : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
 }
+// c[m][n] += a[m] b[n] for all pairs of fragments: what a warp does between two loads of them.
+template <int M, int N>
+DEV void mma_bf16_all(float (&c)[M][N][4], const uint32_t (&a)[M][4], const uint32_t (&b)[N][2]) {
+#pragma unroll
+  for (int m = 0; m < M; m++)
+#pragma unroll
+    for (int n = 0; n < N; n++) mma_bf16_16816(c[m][n], a[m], b[n]);
+}
 
 // ---- arithmetic ----
 DEV float fast_exp2(float x) {

@@ -238,6 +238,14 @@ typedef struct {
   uint32_t pad;
 } GroupStatsParams;
 
+/* The same from the statistics of every channel over tiles of 8x16 pixels */
+typedef struct {
+  uint64_t partial; /* [B, tiles, C, 2] float: mean and sum of squared deviations (conv2d) */
+  uint64_t stats;   /* [B, groups, 2] float, written */
+  uint32_t images, height, width, channels, groups;
+  float eps;
+} MergeStatsParams;
+
 /* y = w * norm(x) + bias (+ residual): 3x3 with zero padding, or 1x1; channels last */
 typedef struct {
   uint64_t x;        /* [B, h_in, w_in, C_in] E; h_in = height / 2 with upsample, else height * stride */
@@ -248,6 +256,8 @@ typedef struct {
   uint64_t bias;     /* [C_out] E */
   uint64_t residual; /* [B, height, width, C_out] E, optional; may be y */
   uint64_t y;        /* [B, height, width, C_out] E, written */
+  uint64_t partial;  /* [B, tiles of 8x16 pixels, C_out, 2] float, optional, written by mma: mean and sum of squared
+                        deviations of a channel of y over a tile */
   uint32_t images, height, width, c_in, c_out, groups; /* height, width of y */
   uint32_t ksize;    /* 1 or 3 */
   uint32_t upsample; /* 0 or 1: x is enlarged by two, nearest, before the convolution */

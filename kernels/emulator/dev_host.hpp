@@ -244,35 +244,49 @@ struct MmaArg {
   float* c;
   const uint32_t *a, *b;
 };
-// Fragment layout of mma.m16n8k16: lane = 4 * group + pair; see the PTX manual, "Matrix fragments for m16n8k16".
+// M x N products in one collective, the same bits as one after another. Fragment layout of mma.m16n8k16: lane = 4 *
+// group + pair; see the PTX manual, "Matrix fragments for m16n8k16".
+template <int M, int N>
 EMU_CALLBACK inline void mma_lanes(void* const* arg, uint32_t) {
-  float a[16][16], b[16][8];
+  float a[M * 16][16], b[16][N * 8];
   for (int lane = 0; lane < 32; lane++) {
-    const MmaArg& m = *static_cast<MmaArg*>(arg[lane]);
+    const MmaArg& mine = *static_cast<MmaArg*>(arg[lane]);
     const int group = lane >> 2, pair = (lane & 3) * 2;
-    for (int i = 0; i < 4; i++) {
-      float* row = &a[group + (i & 1) * 8][pair + (i >> 1) * 8];
-      row[0] = bf16_bits_to_f32(m.a[i] & 0xffff), row[1] = bf16_bits_to_f32(m.a[i] >> 16);
-    }
-    for (int i = 0; i < 2; i++) {
-      b[pair + i * 8][group] = bf16_bits_to_f32(m.b[i] & 0xffff);
-      b[pair + i * 8 + 1][group] = bf16_bits_to_f32(m.b[i] >> 16);
-    }
+    for (int m = 0; m < M; m++)
+      for (int i = 0; i < 4; i++) {
+        const uint32_t word = mine.a[m * 4 + i];
+        float* row = &a[m * 16 + group + (i & 1) * 8][pair + (i >> 1) * 8];
+        row[0] = bf16_bits_to_f32(word & 0xffff), row[1] = bf16_bits_to_f32(word >> 16);
+      }
+    for (int n = 0; n < N; n++)
+      for (int i = 0; i < 2; i++) {
+        const uint32_t word = mine.b[n * 2 + i];
+        b[pair + i * 8][n * 8 + group] = bf16_bits_to_f32(word & 0xffff);
+        b[pair + i * 8 + 1][n * 8 + group] = bf16_bits_to_f32(word >> 16);
+      }
   }
-  for (int row = 0; row < 16; row++) {
-    float sum[8] = {};
+  for (int row = 0; row < M * 16; row++) {
+    float sum[N * 8] = {};
     for (int k = 0; k < 16; k++)
-      for (int n = 0; n < 8; n++) sum[n] += a[row][k] * b[k][n];
-    for (int n = 0; n < 8; n++) static_cast<MmaArg*>(arg[(row & 7) * 4 + n / 2])->c[(row >> 3) * 2 + (n & 1)] += sum[n];
+      for (int n = 0; n < N * 8; n++) sum[n] += a[row][k] * b[k][n];
+    for (int n = 0; n < N * 8; n += 2) {
+      float* c = static_cast<MmaArg*>(arg[(row & 7) * 4 + n % 8 / 2])->c + (row / 16 * N + n / 8) * 4 + (row >> 3 & 1) * 2;
+      c[0] += sum[n], c[1] += sum[n + 1];
+    }
   }
 }
 
 }  // namespace emu
 DEV void ldmatrix_x4(uint32_t (&r)[4], const void* row SITE_) { emu::ldmatrix_x4<false>(r, row, site); }
 DEV void ldmatrix_x4_trans(uint32_t (&r)[4], const void* row SITE_) { emu::ldmatrix_x4<true>(r, row, site); }
+template <int M, int N>
+DEV void mma_bf16_all(float (&c)[M][N][4], const uint32_t (&a)[M][4], const uint32_t (&b)[N][2] SITE_) {
+  emu::MmaArg mine{c[0][0], a[0], b[0]};
+  emu::warp_collective(emu::mma_lanes<M, N>, &mine, FULL, false, "mma_bf16_all", site);
+}
 DEV void mma_bf16_16816(float (&c)[4], const uint32_t (&a)[4], const uint32_t (&b)[2] SITE_) {
   emu::MmaArg mine{c, a, b};
-  emu::warp_collective(emu::mma_lanes, &mine, FULL, false, "mma_bf16_16816", site);
+  emu::warp_collective(emu::mma_lanes<1, 1>, &mine, FULL, false, "mma_bf16_16816", site);
 }
 
 // ---- arithmetic: the exact functions where the device has approximations ----

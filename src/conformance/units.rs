@@ -170,8 +170,15 @@ pub static UNITS: &[Unit] = &[
         name: "mma",
         primitives: &["mma_bf16_16816"],
         steps: &[Step { symbol: "conformance_mma", geometry: || Geometry::linear(1, 32) }],
-        input: mma_input,
-        expected: mma,
+        input: || mma_input(1, 1),
+        expected: |_| mma(1, 1),
+    },
+    Unit {
+        name: "mma_all",
+        primitives: &["mma_bf16_all"],
+        steps: &[Step { symbol: "conformance_mma_all", geometry: || Geometry::linear(1, 32) }],
+        input: || mma_input(2, 3),
+        expected: |_| mma(2, 3),
     },
     Unit {
         name: "exact_arithmetic",
@@ -338,16 +345,17 @@ fn ldmatrix(input: &[u32]) -> Expected {
     bits(all.map(|(transposed, lane, matrix)| fragment(transposed, lane, matrix)))
 }
 
-/// Small whole numbers, so that every order of summation gives the same float.
-fn mma_values() -> (Vec<f32>, Vec<f32>, Vec<f32>) {
-    let a = (0..256).map(|i| (i * 37 % 101) as f32 - 50.0).collect();
-    let b = (0..128).map(|i| (i * 29 % 97) as f32 - 48.0).collect();
-    let c = (0..128).map(|i| (i * 11) as f32 - 700.0).collect();
+/// A `[16 m, 16]`, B `[8 n, 16]` by column and C `[16 m, 8 n]`: small whole numbers, so that every order of summation
+/// gives the same float.
+fn mma_values(m: usize, n: usize) -> (Vec<f32>, Vec<f32>, Vec<f32>) {
+    let a = (0..256 * m).map(|i| (i * 37 % 101) as f32 - 50.0).collect();
+    let b = (0..128 * n).map(|i| (i * 29 % 97) as f32 - 48.0).collect();
+    let c = (0..128 * m * n).map(|i| (i * 11) as f32 - 700.0).collect();
     (a, b, c)
 }
 
-fn mma_input() -> Vec<u32> {
-    let (a, b, c) = mma_values();
+fn mma_input(m: usize, n: usize) -> Vec<u32> {
+    let (a, b, c) = mma_values(m, n);
     let packed = |values: &[f32]| -> Vec<u32> {
         let half = |v: f32| u32::from(bf16::from_f32(v).to_bits());
         values.chunks_exact(2).map(|pair| half(pair[0]) | half(pair[1]) << 16).collect()
@@ -355,10 +363,10 @@ fn mma_input() -> Vec<u32> {
     [packed(&a), packed(&b), c.into_iter().map(f32::to_bits).collect()].concat()
 }
 
-fn mma(_: &[u32]) -> Expected {
-    let (a, b, c) = mma_values();
-    bits((0..128).map(|at| {
-        let (row, column) = (at / 8, at % 8);
+fn mma(m: usize, n: usize) -> Expected {
+    let (a, b, c) = mma_values(m, n);
+    bits((0..128 * m * n).map(|at| {
+        let (row, column) = (at / (8 * n), at % (8 * n));
         let product: f32 = (0..16).map(|k| a[row * 16 + k] * b[column * 16 + k]).sum();
         (c[at] + product).to_bits()
     }))

@@ -15,19 +15,32 @@ pub static OP: Op = Op {
     name: "conv2d",
     summary: "3x3 or 1x1 convolution: GroupNorm, swish, nearest upsampling or stride 2 on load, bias, residual",
     bound: "FLOPs: 2.5 TFLOP for a 512x512 picture, 3.2 ms at 798 TFLOP/s",
-    variants: &[Variant {
-        name: "plain",
-        kernels: crate::kernels!("conv2d", f32: "conv2d_plain_f32", bf16: "conv2d_plain_bf16"),
-        summary: "implicit GEMM on CUDA cores, tiles of 8x8 pixels x 64 channels, any shape",
-    }],
+    variants: &[
+        Variant {
+            name: "plain",
+            kernels: crate::kernels!("conv2d", f32: "conv2d_plain_f32", bf16: "conv2d_plain_bf16"),
+            summary: "implicit GEMM on CUDA cores, tiles of 8x8 pixels x 64 channels, any shape",
+        },
+        Variant {
+            name: "mma",
+            kernels: crate::kernels!("conv2d_mma", bf16: "conv2d_mma_bf16"),
+            summary: "implicit GEMM on tensor cores, statistics of the result; c_in a multiple of 8",
+        },
+    ],
     cases,
 };
 
-/// Pixels per side of a block's tile (`kTile`).
-const TILE: usize = 8;
-/// Output channels of a block (`kBlockN`).
+/// Rows and columns of a block's tile: `plain` (`kTile`), `mma` (`kTileH`, `kTileW`).
+const TILE_PLAIN: (usize, usize) = (8, 8);
+const TILE_MMA: (usize, usize) = crate::reference::merge_stats::TILE;
+/// Output channels of a block of `plain` (`kBlockN`), and of `mma` where there are no more.
 const BLOCK_N: usize = 64;
-const THREADS: u32 = 64;
+/// Threads of a block of `plain` and of `mma` (`kThreads`).
+const THREADS: (u32, u32) = (64, 256);
+/// Channels of a 16-byte access (`kChunk`).
+const CHUNK: usize = 8;
+/// Shared memory that a block may have.
+const MAX_SHARED: usize = 227 * 1024;
 
 /// GroupNorm of the input, applied while it is loaded.
 #[derive(Clone, Copy, Debug)]
@@ -59,13 +72,61 @@ pub struct Args {
     pub residual: Option<Span>,
     /// `[images, height, width, c_out]` E, written.
     pub y: Span,
+    /// `[images, partial_tiles(height, width), c_out, 2]` float, written: statistics of `y` for `merge_stats`, where
+    /// [`makes_partial`].
+    pub partial: Option<Span>,
     /// Sizes.
     pub shape: Shape,
 }
 
+/// Tiles whose statistics `mma` writes, for every channel of a picture.
+pub fn partial_tiles(height: usize, width: usize) -> usize {
+    height.div_ceil(TILE_MMA.0).saturating_mul(width.div_ceil(TILE_MMA.1))
+}
+
+/// Whether the variant that `launch` gives such a convolution can write statistics of its result.
+pub fn makes_partial(launch: &Launch, shape: &Shape) -> Result<bool> {
+    Ok(variant(launch, shape)?.name == "mma")
+}
+
+fn variant(launch: &Launch, shape: &Shape) -> Result<&'static Variant> {
+    let fits = launch.dtype == DType::Bf16 && unfit(shape).is_none();
+    launch.selection.variant(&OP, if fits { "mma" } else { "plain" })
+}
+
+/// Why `mma` does not do a shape.
+fn unfit(shape: &Shape) -> Option<String> {
+    if shape.c_in % CHUNK != 0 {
+        return Some(format!("c_in is {}, must be a multiple of {CHUNK}", shape.c_in));
+    }
+    if shape.ksize == 1 && shape.resample != Resample::Same {
+        return Some("1x1 is for a picture of the same size".into());
+    }
+    let shared = mma_shared(shape);
+    (shared > MAX_SHARED).then(|| format!("takes {shared} bytes of shared memory, a block has {MAX_SHARED}"))
+}
+
+/// Shared memory of `mma`: two patches, three stages of weights, a norm's coefficients.
+fn mma_shared(shape: &Shape) -> usize {
+    const PITCH: usize = 40;
+    let patch = match (shape.ksize, shape.resample) {
+        (1, _) => TILE_MMA.0 * TILE_MMA.1,
+        (_, Resample::Same) => (TILE_MMA.0 + 2) * (TILE_MMA.1 + 2),
+        (_, Resample::Up) => (TILE_MMA.0 / 2 + 2) * (TILE_MMA.1 / 2 + 2),
+        (_, Resample::Down) => (TILE_MMA.0 * 2 + 1) * (TILE_MMA.1 * 2 + 1),
+    };
+    (2 * patch + 3 * mma_block_n(shape.c_out)) * PITCH * 2 + shape.c_in.saturating_mul(8)
+}
+
+/// Output channels of a block of `mma`.
+fn mma_block_n(c_out: usize) -> usize {
+    if c_out > BLOCK_N { 2 * BLOCK_N } else { BLOCK_N }
+}
+
 /// Checks and records one launch.
 pub fn node(launch: &Launch, label: &str, args: &Args) -> Result<Node> {
-    let variant = launch.selection.variant(&OP, "plain")?;
+    let variant = variant(launch, &args.shape)?;
+    let mma = variant.name == "mma";
     let checks = Checks::new(OP.name, variant.name);
     let Shape { images, height, width, c_in, c_out, ksize, resample } = args.shape;
     if ksize != 1 && ksize != 3 {
@@ -77,10 +138,17 @@ pub fn node(launch: &Launch, label: &str, args: &Args) -> Result<Node> {
     if resample == Resample::Up && (height % 2 != 0 || width % 2 != 0) {
         return Err(checks.refuse(format!("an enlarged picture has even sides, not {height}x{width}")));
     }
-    let tiles = checks.product("tiles", &[height.div_ceil(TILE), width.div_ceil(TILE)])?;
+    if let Some(reason) = unfit(&args.shape).filter(|_| mma) {
+        return Err(checks.refuse(reason));
+    }
+    let (tile, block_n, threads) = match mma {
+        true => (TILE_MMA, mma_block_n(c_out), THREADS.1),
+        false => (TILE_PLAIN, BLOCK_N, THREADS.0),
+    };
+    let tiles = checks.product("tiles", &[height.div_ceil(tile.0), width.div_ceil(tile.1)])?;
     // The kernel counts the input's pixels in 32 bits, and a halved picture's input is four times as large.
     checks.product("pixels", &[height, width, 4])?;
-    for (axis, blocks) in [("images", images), ("blocks of output channels", c_out.div_ceil(BLOCK_N))] {
+    for (axis, blocks) in [("images", images), ("blocks of output channels", c_out.div_ceil(block_n))] {
         if blocks > 65_535 {
             return Err(checks.refuse(format!("{axis}: {blocks}, must be at most 65535")));
         }
@@ -104,6 +172,16 @@ pub fn node(launch: &Launch, label: &str, args: &Args) -> Result<Node> {
         )));
     }
 
+    let partial = checks.optional("partial", args.partial, 4, &[images, tiles, c_out, 2])?;
+    if partial.is_some() && !mma {
+        return Err(checks.refuse("writes no statistics of its result"));
+    }
+    let vectors = [Some(x), Some(w), residual, Some(y)];
+    let vectors = if c_out % CHUNK == 0 { &vectors[..] } else { &vectors[..2] };
+    if let Some(span) = vectors.iter().flatten().find(|s| mma && !s.ptr.0.is_multiple_of(16)) {
+        return Err(Error::Internal(format!("op conv2d {label}: {:#x} is not 16-byte aligned", span.ptr.0)));
+    }
+
     let mut reads = vec![x, w, bias];
     reads.extend(residual);
     let mut params = Conv2dParams {
@@ -112,6 +190,7 @@ pub fn node(launch: &Launch, label: &str, args: &Args) -> Result<Node> {
         bias: bias.ptr.0,
         residual: address(residual),
         y: y.ptr.0,
+        partial: address(partial),
         images: checks.dim("images", images)?,
         height: checks.dim("height", height)?,
         width: checks.dim("width", width)?,
@@ -136,8 +215,11 @@ pub fn node(launch: &Launch, label: &str, args: &Args) -> Result<Node> {
         params.groups = checks.dim("groups", norm.groups)?;
         params.silu = u32::from(norm.silu);
     }
-    let mut geometry = Geometry::linear(tiles as u32, THREADS);
-    geometry.grid = [tiles as u32, div_ceil(c_out, BLOCK_N), params.images];
+    let mut geometry = Geometry::linear(tiles as u32, threads);
+    geometry.grid = [tiles as u32, div_ceil(c_out, block_n), params.images];
+    if mma {
+        geometry = geometry.with_shared(mma_shared(&args.shape) as u32);
+    }
     geometry.dependent = launch.dependent;
     Ok(Node {
         label: label.into(),
@@ -145,7 +227,7 @@ pub fn node(launch: &Launch, label: &str, args: &Args) -> Result<Node> {
         geometry,
         params: ParamBytes::of(&params),
         reads,
-        writes: vec![y],
+        writes: [y].into_iter().chain(partial).collect(),
     })
 }
 
@@ -203,6 +285,12 @@ fn cases() -> Vec<Case> {
         (shape(3, 3, 5, 16, 24, 3, Down), bare),
         (shape(1, 9, 17, 5, 7, 3, Down), norm(5, true, No)),
         (shape(1, 7, 9, 33, 65, 3, Down), norm(11, false, InPlace)),
+        // For mma: tails of slices, channels and tiles; slices enough to use every stage twice.
+        (shape(1, 9, 17, 8, 8, 3, Same), norm(4, true, Apart)),
+        (shape(2, 1, 19, 40, 72, 1, Same), norm(5, true, InPlace)),
+        (shape(1, 3, 2, 104, 20, 1, Same), norm(13, false, Apart)),
+        (shape(1, 2, 18, 24, 16, 3, Up), norm(3, true, No)),
+        (shape(1, 5, 3, 72, 13, 3, Down), norm(9, true, No)),
     ];
     let medium = [
         (shape(2, 16, 24, 64, 64, 3, Same), norm(32, true, InPlace)),
@@ -210,8 +298,12 @@ fn cases() -> Vec<Case> {
         (shape(1, 8, 8, 256, 130, 3, Same), norm(32, true, Apart)),
         (shape(1, 32, 32, 64, 96, 3, Up), bare),
         (shape(2, 16, 24, 64, 64, 3, Down), bare),
+        (shape(1, 10, 20, 96, 136, 3, Same), norm(32, true, InPlace)),
+        (shape(1, 20, 12, 48, 200, 3, Up), bare),
+        (shape(2, 9, 17, 48, 130, 3, Down), norm(12, false, No)),
     ];
     let real = [
+        (shape(1, 32, 32, 512, 512, 3, Same), norm(32, true, InPlace)),
         (shape(1, 8, 8, 512, 512, 3, Same), norm(32, true, InPlace)),
         (shape(1, 64, 64, 256, 256, 3, Up), bare),
         (shape(1, 32, 32, 256, 256, 3, Down), bare),
@@ -222,13 +314,19 @@ fn cases() -> Vec<Case> {
     let all = small.iter().chain(&medium).map(|c| (c, false)).chain(real.iter().map(|c| (c, true)));
     for (&(shape, form), real) in all {
         for &dtype in DType::ALL {
-            cases.push(build(shape, form, dtype, real));
+            // The plain kernel needs a minute for the largest.
+            if flops(&shape) < 4_000_000_000 {
+                cases.push(build("plain", shape, form, dtype, real));
+            }
+        }
+        if unfit(&shape).is_none() {
+            cases.push(build("mma", shape, form, DType::Bf16, real));
         }
     }
     cases
 }
 
-fn build(shape: Shape, form: Form, dtype: DType, real: bool) -> Case {
+fn build(variant: &'static str, shape: Shape, form: Form, dtype: DType, real: bool) -> Case {
     let Shape { images, height, width, c_in, c_out, ksize, resample } = shape;
     let label = format!(
         "images={images},height={height},width={width},c_in={c_in},c_out={c_out},ksize={ksize},resample={resample:?},norm={},\
@@ -248,7 +346,7 @@ fn build(shape: Shape, form: Form, dtype: DType, real: bool) -> Case {
         + residual_values;
     let bytes = (values * dtype.bytes()) as u64;
     let scale = if real { Scale::Real } else { scale_for(flops(&shape)) };
-    case(&OP, "plain", dtype, scale, (bytes, flops(&shape)), label, move |rig, launch| {
+    case(&OP, variant, dtype, scale, (bytes, flops(&shape)), label, move |rig, launch| {
         run(rig, launch, &shape, &form)
     })
 }
@@ -282,6 +380,10 @@ fn run(rig: &mut Rig, launch: &Launch, shape: &Shape, form: &Form) -> Result<Vec
             Some((stats, gamma, beta, groups, silu))
         }
     };
+    let partial = match makes_partial(launch, shape)? {
+        false => None,
+        true => Some(rig.output("partial", DType::F32, images * partial_tiles(height, width) * c_out * 2)?),
+    };
     let args = Args {
         x: x.span,
         norm: norm.as_ref().map(|(stats, gamma, beta, groups, silu)| Norm {
@@ -295,10 +397,16 @@ fn run(rig: &mut Rig, launch: &Launch, shape: &Shape, form: &Form) -> Result<Vec
         bias: bias.span,
         residual: residual.as_ref().map(|r| r.span),
         y,
+        partial,
         shape: *shape,
     };
     rig.run(&node(launch, "conv2d", &args)?)?;
     let got = rig.read(y, dtype)?;
+    let mut checks = Vec::new();
+    if let Some(partial) = partial {
+        let partial = rig.read(partial, DType::F32)?;
+        checks.extend(check_partial(shape, &got, &partial));
+    }
 
     /// Statistics, gamma, beta, groups, whether swish follows.
     type HostNorm<'a> = (&'a [f32], &'a [f32], &'a [f32], usize, bool);
@@ -330,5 +438,42 @@ fn run(rig: &mut Rig, launch: &Launch, shape: &Shape, form: &Form) -> Result<Vec
         DType::Bf16 => reference::<PlainBf16>,
     };
     let plain = plain(inputs.0, inputs.1, inputs.2, inputs.3, inputs.4, inputs.5);
-    Ok(vec![harness::compare("y", dtype, &got, &exact, &plain)])
+    checks.push(harness::compare("y", dtype, &got, &exact, &plain));
+    Ok(checks)
+}
+
+/// The statistics of every tile and channel against those of the values `y` that were stored.
+fn check_partial(shape: &Shape, y: &[f32], partial: &[f32]) -> Vec<Check> {
+    fn tile_stats<P: Precision>(shape: &Shape, y: &[f32]) -> [Vec<f64>; 2] {
+        let (mut means, mut squares) = (Vec::new(), Vec::new());
+        let Shape { images, height, width, c_out, .. } = *shape;
+        for image in 0..images {
+            for (y0, x0) in (0..height)
+                .step_by(TILE_MMA.0)
+                .flat_map(|y0| (0..width).step_by(TILE_MMA.1).map(move |x0| (y0, x0)))
+            {
+                for c in 0..c_out {
+                    let at = |row: usize, col: usize| ((image * height + row) * width + col) * c_out + c;
+                    let values: Vec<P::T> = (y0..height.min(y0 + TILE_MMA.0))
+                        .flat_map(|row| (x0..width.min(x0 + TILE_MMA.1)).map(move |col| (row, col)))
+                        .map(|(row, col)| P::load(y[at(row, col)]))
+                        .collect();
+                    let count = P::constant(values.len() as f64);
+                    let mean = values.iter().copied().sum::<P::T>() / count;
+                    means.push(P::widen(mean));
+                    squares.push(P::widen(values.iter().map(|&v| (v - mean) * (v - mean)).sum()));
+                }
+            }
+        }
+        [means, squares]
+    }
+    let (exact, plain) = (tile_stats::<Exact>(shape, y), tile_stats::<PlainF32>(shape, y));
+    ["mean of a tile", "deviations of a tile"]
+        .into_iter()
+        .enumerate()
+        .map(|(i, name)| {
+            let got: Vec<f32> = partial.iter().copied().skip(i).step_by(2).collect();
+            harness::compare(name, DType::F32, &got, &exact[i], &plain[i])
+        })
+        .collect()
 }

@@ -17,6 +17,7 @@ pub mod gather_rows;
 pub mod group_stats;
 pub mod harness;
 pub mod linear;
+pub mod merge_stats;
 pub mod o_proj;
 pub mod out_proj;
 pub mod params;
@@ -142,6 +143,7 @@ static OPS: &[&Op] = &[
     &unpatchify::OP,
     &conv2d::OP,
     &group_stats::OP,
+    &merge_stats::OP,
     &vae_attention::OP,
     &to_rgb8::OP,
 ];

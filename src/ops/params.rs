@@ -455,6 +455,23 @@ pub struct GroupStatsParams {
 }
 const _: () = assert!(size_of::<GroupStatsParams>() == 40);
 
+/// The same from the statistics of every channel over tiles of 8x16 pixels
+#[repr(C)]
+#[derive(Debug, Default, Copy, Clone, bytemuck::Pod, bytemuck::Zeroable)]
+pub struct MergeStatsParams {
+    /// [B, tiles, C, 2] float: mean and sum of squared deviations (conv2d)
+    pub partial: u64,
+    /// [B, groups, 2] float, written
+    pub stats: u64,
+    pub images: u32,
+    pub height: u32,
+    pub width: u32,
+    pub channels: u32,
+    pub groups: u32,
+    pub eps: f32,
+}
+const _: () = assert!(size_of::<MergeStatsParams>() == 40);
+
 /// y = w \* norm(x) + bias (+ residual): 3x3 with zero padding, or 1x1; channels last
 #[repr(C)]
 #[derive(Debug, Default, Copy, Clone, bytemuck::Pod, bytemuck::Zeroable)]
@@ -475,6 +492,9 @@ pub struct Conv2dParams {
     pub residual: u64,
     /// [B, height, width, C_out] E, written
     pub y: u64,
+    /// [B, tiles of 8x16 pixels, C_out, 2] float, optional, written by mma: mean and sum of squared
+    /// deviations of a channel of y over a tile
+    pub partial: u64,
     pub images: u32,
     pub height: u32,
     pub width: u32,
@@ -490,7 +510,7 @@ pub struct Conv2dParams {
     /// 1: zeros on all sides of x; 2, only 3x3: zeros to the right and below
     pub stride: u32,
 }
-const _: () = assert!(size_of::<Conv2dParams>() == 104);
+const _: () = assert!(size_of::<Conv2dParams>() == 112);
 
 /// One head over all pixels: out[b, p, :] = softmax(scale \* q[b, p, :] . k[b, :, :]) v[b, :, :]
 #[repr(C)]

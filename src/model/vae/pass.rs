@@ -5,7 +5,7 @@ use crate::device::{NodeList, Span};
 use crate::error::{Error, Result};
 use crate::model::upload::Uploader;
 use crate::ops::{self, Launch};
-use crate::reference::conv2d::Shape as ConvShape;
+use crate::reference::conv2d::{Resample, Shape as ConvShape};
 use crate::weights::{Part, VaeWeights, convert};
 use std::collections::HashMap;
 
@@ -101,8 +101,13 @@ impl Pass<'_> {
     /// Records every step; returns what can be read in between.
     pub(super) fn record(&self, list: &mut NodeList, steps: &Steps) -> Result<Vec<Tap>> {
         let mut taps = Vec::new();
-        for step in &steps.list {
-            let node = self.record_step(list, &step.label, &step.kind)?;
+        for (index, step) in steps.list.iter().enumerate() {
+            let first = match step.kind {
+                Kind::Stats { .. } => index.checked_sub(1),
+                _ => Some(index),
+            };
+            let partial = first.map(|first| self.partial(steps, first)).transpose()?.flatten();
+            let node = self.record_step(list, &step.label, &step.kind, partial)?;
             if let (Some(name), Some(tensor)) = (&step.tap, step.kind.output()) {
                 taps.push(Tap {
                     name: name.clone(),
@@ -117,9 +122,54 @@ impl Pass<'_> {
         Ok(taps)
     }
 
-    fn record_step(&self, list: &mut NodeList, label: &str, kind: &Kind) -> Result<usize> {
-        let node = match kind {
-            Kind::Stats { x, stats } => {
+    /// Where step `index` leaves the statistics of its tiles, if it is a convolution that makes them and the step
+    /// after it wants them.
+    fn partial(&self, steps: &Steps, index: usize) -> Result<Option<Span>> {
+        let Some([step, next]) = steps.list.get(index..index + 2) else { return Ok(None) };
+        let (Kind::Conv { x, y, ksize, resample, .. }, Kind::Stats { x: wanted, .. }) = (&step.kind, &next.kind)
+        else {
+            return Ok(None);
+        };
+        if y != wanted || !ops::conv2d::makes_partial(self.launch, &self.conv_shape(x, y, *ksize, *resample))? {
+            return Ok(None);
+        }
+        self.span(&Tensor { place: steps.partial, ..*y }).map(Some)
+    }
+
+    fn conv_shape(&self, x: &Tensor, y: &Tensor, ksize: usize, resample: Resample) -> ConvShape {
+        ConvShape {
+            images: self.images,
+            height: y.height,
+            width: y.width,
+            c_in: x.channels,
+            c_out: y.channels,
+            ksize,
+            resample,
+        }
+    }
+
+    fn record_step(
+        &self,
+        list: &mut NodeList,
+        label: &str,
+        kind: &Kind,
+        partial: Option<Span>,
+    ) -> Result<usize> {
+        let node = match (kind, partial) {
+            (Kind::Stats { x, stats }, Some(partial)) => {
+                let args = ops::merge_stats::Args {
+                    partial,
+                    stats: self.span(stats)?,
+                    images: self.images,
+                    height: x.height,
+                    width: x.width,
+                    channels: x.channels,
+                    groups: steps::GROUPS,
+                    eps: steps::EPS,
+                };
+                ops::merge_stats::node(self.launch, label, &args)?
+            }
+            (Kind::Stats { x, stats }, None) => {
                 let args = ops::group_stats::Args {
                     x: self.span(x)?,
                     stats: self.span(stats)?,
@@ -131,7 +181,7 @@ impl Pass<'_> {
                 };
                 ops::group_stats::node(self.launch, label, &args)?
             }
-            Kind::Conv { x, norm, weight, residual, y, ksize, resample } => {
+            (Kind::Conv { x, norm, weight, residual, y, ksize, resample }, partial) => {
                 let weights = |what: &str| self.tensors.get(&format!("{weight}.{what}"));
                 let norm = match norm {
                     None => None,
@@ -150,19 +200,12 @@ impl Pass<'_> {
                     bias: weights("bias")?,
                     residual: residual.as_ref().map(|r| self.span(r)).transpose()?,
                     y: self.span(y)?,
-                    shape: ConvShape {
-                        images: self.images,
-                        height: y.height,
-                        width: y.width,
-                        c_in: x.channels,
-                        c_out: y.channels,
-                        ksize: *ksize,
-                        resample: *resample,
-                    },
+                    partial,
+                    shape: self.conv_shape(x, y, *ksize, *resample),
                 };
                 ops::conv2d::node(self.launch, label, &args)?
             }
-            Kind::Attention { q, k, v, out } => {
+            (Kind::Attention { q, k, v, out }, _) => {
                 let args = ops::vae_attention::Args {
                     q: self.span(q)?,
                     k: self.span(k)?,

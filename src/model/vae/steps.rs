@@ -1,10 +1,11 @@
 //! Encoder and decoder as lists of steps with places in a scratch memory: what runs in which order, and which bytes
 //! are whose in between. Knows the config; knows no device, no address and no weight.
 
-use super::scratch::Scratch;
+use super::scratch::{ALIGNMENT, Scratch};
 use crate::error::{Error, Result};
 use crate::model::config::VaeConfig;
 use crate::ops::DType;
+use crate::ops::conv2d::partial_tiles;
 use crate::reference::conv2d::Resample;
 
 /// GroupNorm groups in every norm of the VAE.
@@ -104,6 +105,9 @@ pub struct Steps {
     pub list: Vec<Step>,
     /// Bytes of scratch.
     pub bytes: usize,
+    /// Where in the scratch a convolution leaves the statistics of its tiles, until they are merged by the step after
+    /// it. Convolutions whose result is normalised are directly before the statistics of it.
+    pub partial: Place,
 }
 
 impl Steps {
@@ -198,7 +202,18 @@ impl Builder {
         }
         let output = Tensor { place: Place::Output, channels, ..x };
         self.conv("conv_out", x, Some(norm), None, output, 3, Resample::Same);
-        Ok(Steps { list: self.list, bytes: self.scratch.bytes() })
+        let mut partial = 0;
+        for step in &self.list {
+            if let Kind::Stats { x, .. } = &step.kind {
+                let tiles = partial_tiles(x.height, x.width);
+                partial = partial.max(elements(&[self.images, tiles, x.channels, 2, size_of::<f32>()])?);
+            }
+        }
+        let offset = self.scratch.bytes();
+        let bytes = elements(&[partial.div_ceil(ALIGNMENT), ALIGNMENT])?;
+        let end = offset.checked_add(bytes);
+        let end = end.ok_or_else(|| Error::Internal(format!("{bytes} bytes of statistics overflow")))?;
+        Ok(Steps { list: self.list, bytes: end, partial: Place::Scratch { offset, bytes } })
     }
 
     /// The blocks at the coarsest level. Takes over `x`.
@@ -267,6 +282,7 @@ impl Builder {
         let stats1 = norm1.stats;
         self.conv(&at("conv1"), x, Some(norm1), None, hidden, 3, Resample::Same);
         self.release(stats1);
+        let norm2 = self.norm(&at("norm2"), hidden, true)?;
         let skip = if x.channels == channels {
             x
         } else {
@@ -275,7 +291,6 @@ impl Builder {
             self.release(x);
             skip
         };
-        let norm2 = self.norm(&at("norm2"), hidden, true)?;
         let stats2 = norm2.stats;
         self.conv(&at("conv2"), hidden, Some(norm2), Some(skip), skip, 3, Resample::Same);
         self.tap(name);
@@ -323,7 +338,6 @@ impl Builder {
 
 #[cfg(test)]
 mod tests {
-    use super::super::scratch::ALIGNMENT;
     use super::*;
     use std::path::Path;
 
