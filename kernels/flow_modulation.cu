@@ -14,7 +14,21 @@
  *
  * A block owns up to 32 outputs (columns) for all N x S rows: their weights stay in shared memory while the rows go by,
  * 64 at a time. Each output is summed by one thread in ascending k, so it depends on neither grid nor batch.
- * Variants: plain.
+ *
+ * mma (bf16, F a multiple of 32): tensor cores.
+ *
+ *   gmem w    -- 16-byte loads, once, a batch ahead --> reg A [16 outputs][32 k] --------+
+ *   gmem time, cond -- add, silu, E --> smem s [160 rows][chunk] E -- 16-byte loads --> B +--> reg sums --> gmem mod
+ *
+ * A product does not mind the order of its k: lane (g, t) of a warp takes the eight neighbours from 32 i + 8 t of rows g
+ * and g + 8 as the A operands of two mma, and the same eight of activation row g as their B operands, so that both come
+ * straight from row-major memory. A block owns an even share of the tiles of 16 outputs, a warp one tile at a time, up
+ * to 160 rows per pass. Beyond 160 rows every further pass reads w again.
+ *
+ * LayerNorm's gain and offset are not folded into scale and shift: a folded w (1 + scale) in bf16 is rounded relative
+ * to itself, the scale that it replaces only relative to the scale, so the error of every norm's input would grow three
+ * times at scale 0.5; and kept in f32 the two vectors are more bytes for the chain than the four are in bf16.
+ * Variants: plain, mma.
  */
 #include "dev.cuh"
 
@@ -167,5 +181,142 @@ DEV void flow_modulation(const FlowModulationParams& p) {
   }
 }
 
+/* ---- mma ---- */
+static constexpr uint32_t kMmaThreads = 256; /* at most: eight warps leave a lane the registers for 160 rows */
+static constexpr uint32_t kTile = 16;
+static constexpr uint32_t kMmaRows = 160; /* rows of a pass */
+static constexpr uint32_t kActBytes = 200 * 1024;
+static constexpr uint32_t kStep = 32; /* k of a lane quartet's 16-byte loads */
+static constexpr uint32_t kMaxBatch = 4;
+
+DEV uint32_t at_most(uint32_t a, uint32_t b) { return a < b ? a : b; }
+/* Elements between staged rows: 64 bytes beyond a multiple of 128, so that eight lanes meet all banks. */
+DEV uint32_t act_stride(uint32_t chunk) { return chunk % 64 == 0 ? chunk + 32 : chunk; }
+/* Elements of a row staged at once; ops/flow_modulation.rs computes the same. */
+DEV uint32_t act_chunk(uint32_t rows, uint32_t width) {
+  const uint32_t padded = (rows + 7) / 8 * 8;
+  if (padded * act_stride(width) * 2 <= kActBytes) return width;
+  return (kActBytes / (padded * 2) - 32) / (kStep * kMaxBatch) * (kStep * kMaxBatch);
+}
+
+/* acts[r, 0..n] = E(silu(E(time + cond))) of row row0 + r from k0 on, zeros up to a multiple of eight rows. The approximate functions are 2^-20 off, the
+ * rounding to E 2^-9. */
+DEV void stage_silu(bf16* acts, const FlowModulationParams& p, uint32_t row0, uint32_t rows, uint32_t k0, uint32_t n,
+                    uint32_t stride) {
+  for (uint32_t i = tid_x(); i < (rows + 7) / 8 * 8 * (n / 8); i += ntid_x()) {
+    const uint32_t r = i / (n / 8), k = i % (n / 8) * 8;
+    if (r >= rows) {
+      st_v4(acts + r * stride + k, v4u{0, 0, 0, 0});
+      continue;
+    }
+    float t[8], c[8];
+    load_vec_plain<bf16>(ptr<const bf16>(p.time) + static_cast<size_t>((row0 + r) / p.rows) * p.width + k0 + k, t);
+    load_vec_plain<bf16>(ptr<const bf16>(p.cond) + static_cast<size_t>((row0 + r) % p.rows) * p.width + k0 + k, c);
+#pragma unroll
+    for (int j = 0; j < 8; j++) {
+      const float y = round_to<bf16>(t[j] + c[j]);
+      t[j] = fast_div(y, 1.0f + fast_exp(-y));
+    }
+    store_vec<bf16>(acts + r * stride + k, t);
+  }
+}
+
+/* The block's outputs for rows row0..row0+rows, at most 8 NT of them. Weights are loaded BATCH steps ahead. */
+template <int NT, int BATCH>
+DEV void mma_pass(const FlowModulationParams& p, bf16* acts, uint32_t row0, uint32_t rows) {
+  const uint32_t tiles = (p.outputs + kTile - 1) / kTile, warps = num_warps();
+  const uint32_t first = static_cast<uint32_t>(static_cast<uint64_t>(tiles) * bid_x() / nbid_x());
+  const uint32_t end = static_cast<uint32_t>(static_cast<uint64_t>(tiles) * (bid_x() + 1) / nbid_x());
+  const uint32_t chunk = act_chunk(rows, p.width), stride = act_stride(chunk);
+  const uint32_t g = lane_id() / 4, t = lane_id() % 4;
+  for (uint32_t base = first; base < end; base += warps) {
+    const uint32_t tile = base + warp_id();
+    const bool active = tile < end;
+    /* Outputs beyond the last repeat it; their sums are dropped. */
+    const uint32_t o0 = at_most(tile * kTile + g, p.outputs - 1), o1 = at_most(tile * kTile + g + 8, p.outputs - 1);
+    const bf16* w0 = ptr<const bf16>(p.w) + static_cast<size_t>(o0) * p.width + 8 * t;
+    const bf16* w1 = ptr<const bf16>(p.w) + static_cast<size_t>(o1) * p.width + 8 * t;
+    v4u now0[BATCH], now1[BATCH], next0[BATCH], next1[BATCH];
+    const auto load = [&](v4u(&to0)[BATCH], v4u(&to1)[BATCH], uint32_t k) {
+#pragma unroll
+      for (int i = 0; i < BATCH; i++) {
+        if (!active || k + i * kStep >= p.width) continue;
+        to0[i] = ld_nc_v4(w0 + k + i * kStep);
+        to1[i] = ld_nc_v4(w1 + k + i * kStep);
+      }
+    };
+    load(next0, next1, 0);
+    float sums[NT][4] = {};
+    uint32_t staged = 0;
+    for (uint32_t k = 0; k < p.width; k += kStep * BATCH) {
+#pragma unroll
+      for (int i = 0; i < BATCH; i++) now0[i] = next0[i], now1[i] = next1[i];
+      load(next0, next1, k + kStep * BATCH);
+      if (k % chunk == 0) {
+        staged = k;
+        if (base == first || chunk < p.width) {
+          /* Up to here only weights were read; time and cond come from the launches before. */
+          if (base == first && k == 0) griddep_wait();
+          block_sync();
+          stage_silu(acts, p, row0, rows, k, at_most(chunk, p.width - k), stride);
+          block_sync();
+        }
+      }
+      if (!active) continue;
+#pragma unroll
+      for (int i = 0; i < BATCH; i++) {
+        if (k + i * kStep >= p.width) continue;
+        const uint32_t a[2][4] = {{now0[i].x, now1[i].x, now0[i].y, now1[i].y},
+                                  {now0[i].z, now1[i].z, now0[i].w, now1[i].w}};
+        const bf16* column = acts + g * stride + (k - staged) + i * kStep + 8 * t;
+#pragma unroll
+        for (uint32_t j = 0; j < NT; j++) {
+          if (8 * j >= rows) continue;
+          const v4u b = ld_v4(column + 8 * j * stride);
+          const uint32_t b0[2] = {b.x, b.y}, b1[2] = {b.z, b.w};
+          mma_bf16_16816(sums[j], a[0], b0);
+          mma_bf16_16816(sums[j], a[1], b1);
+        }
+      }
+    }
+    if (!active) continue;
+#pragma unroll
+    for (int i = 0; i < 2; i++) {
+      const uint32_t o = tile * kTile + g + 8 * i;
+      if (o >= p.outputs) continue;
+      const float bias = to_f32(ptr<const bf16>(p.bias)[o]);
+#pragma unroll
+      for (int j = 0; j < 2 * NT; j++) {
+        const uint32_t r = j / 2 * 8 + 2 * t + j % 2;
+        if (r < rows)
+          ptr<bf16>(p.mod)[static_cast<size_t>(row0 + r) * p.outputs + o] = to_bf16(sums[j / 2][2 * i + j % 2] + bias);
+      }
+    }
+  }
+}
+
+/* Grid: at most one block per SM. Block: a warp per tile, up to 256 threads. Shared: rows x act_stride of E. */
+DEV void flow_modulation_mma(const FlowModulationParams& p) {
+  SMEM_DYN(bf16, acts);
+  griddep_launch();
+  const uint32_t total = p.steps * p.rows;
+  for (uint32_t row0 = 0; row0 < total; row0 += kMmaRows) {
+    const uint32_t rows = at_most(kMmaRows, total - row0);
+    if (rows <= 8)
+      mma_pass<1, 4>(p, acts, row0, rows);
+    else if (rows <= 16)
+      mma_pass<2, 4>(p, acts, row0, rows);
+    else if (rows <= 32)
+      mma_pass<4, 4>(p, acts, row0, rows);
+    else if (rows <= 56)
+      mma_pass<7, 4>(p, acts, row0, rows);
+    else if (rows <= 88)
+      mma_pass<11, 4>(p, acts, row0, rows);
+    else
+      mma_pass<20, 2>(p, acts, row0, rows);
+  }
+}
+
+KERNEL(flow_modulation_mma_bf16, FlowModulationParams, kMmaThreads, 1) { flow_modulation_mma(p); }
 KERNEL(flow_modulation_plain_f32, FlowModulationParams, kThreads, 1) { flow_modulation<float>(p); }
 KERNEL(flow_modulation_plain_bf16, FlowModulationParams, kThreads, 2) { flow_modulation<bf16>(p); }
