@@ -5,7 +5,7 @@
  *
  * Rounded to E: the normalised x, h, the sum with the position row, c. Accumulation in float.
  * Bound at 14B: 52.4 MB of bf16 weights per token.
- * A unit (gemv.cuh) is two neighbouring outputs. Variants: plain.
+ * A unit (gemv.cuh) is two neighbouring outputs. Variants: plain; from packed weights stream, ring and mma: product.cuh.
  */
 #include "product.cuh"
 

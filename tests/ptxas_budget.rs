@@ -63,6 +63,31 @@ fn every_kernel_of_the_sources_is_in_a_cubin() {
     assert_eq!(found, expected);
 }
 
+/// The products over packed weights: two blocks of 256 threads per SM in registers, so that a launch's first loads are
+/// under way while its predecessor ends, and little static shared memory beside what geometry plans; tensor-core
+/// tiles one block.
+#[test]
+fn packed_products_fit_an_sm_as_designed() {
+    if no_cubins() {
+        return;
+    }
+    let resources = cubins::resources();
+    for op in ["qkv", "o_proj", "gate_up", "down", "out_proj", "linear"] {
+        for (variant, registers, shared) in [("stream", 128, 1280), ("ring", 128, 1280), ("mma", 255, 1280)] {
+            let symbol = format!("{op}_{variant}_bf16");
+            let kernel =
+                resources.iter().find(|k| k.symbol == symbol).unwrap_or_else(|| panic!("no {symbol}"));
+            println!("{symbol}: {} registers, {} bytes", kernel.registers, kernel.shared_bytes);
+            assert!(kernel.registers <= registers, "{symbol}: {} registers", kernel.registers);
+            assert!(
+                kernel.shared_bytes <= shared,
+                "{symbol}: {} bytes of shared memory",
+                kernel.shared_bytes
+            );
+        }
+    }
+}
+
 #[test]
 fn a_wasteful_kernel_is_found() {
     let good = KernelResources { registers: 128, shared_bytes: 1024, ..KernelResources::default() };
