@@ -3,8 +3,8 @@
  *   as flow_chain.cu: h = w_in E(x) + b_in, h += gate * (w2 a + b2), v_raw = E(w_out u + b_out)     [S, F], [S, K]
  *   u = E(LN(h) * (1 + scale) + shift), a = E(silu(w0 u + b0)): operands of tensor cores are E, sums and h are float
  *
- * Shipped head (L 12, F = H = 1536): 113.6 MB of weights per evaluation, of which each of 128 blocks streams its 12 rows
- * of every matrix: bound by the bytes (38 us at 3 TB/s) as long as 26 exchanges of about 0.8 us hide behind them.
+ * Shipped head (L 12, F = H = 1536): 113.6 MB of weights per evaluation, of which each of 128 blocks streams its 12
+ * rows of every matrix: bound by the bytes (38 us at 3 TB/s) as long as 26 exchanges of about 0.8 us hide behind them.
  *
  *   warp 8 (producer):  gmem w -- bulk copies --> smem ring of segments [16 rows][512] E, and those that stay --+
  *   warps 0-7:          smem h -- norm --> smem u [S][F] E --> reg B --------------------------------> mma <----+
@@ -151,7 +151,7 @@ DEV void next_exchange(const FlowChainParams& p, Exchange& x) {
 DEV void send(const Exchange& x, uint32_t word, uint32_t value) {
   st_relaxed(x.words + word, static_cast<uint64_t>(epoch(x)) << 32 | value);
 }
-/* take(i, value) for words first + i, i below n, of all blocks: this thread's share, tid + 256 j. */
+/* take(i, value) for words first + i, i below n, of all blocks: this thread's share, tid + 256 j. Whole warps. */
 template <class Take>
 DEV void receive(const FlowChainParams& p, Exchange& x, uint32_t first, uint32_t n, Take take) {
   const uint32_t wanted = epoch(x);
@@ -180,6 +180,8 @@ DEV void receive(const FlowChainParams& p, Exchange& x, uint32_t first, uint32_t
     for (uint32_t j = 0; j < kPolls; j++)
       if (base + j * kConsumers < n) take(base + j * kConsumers, static_cast<uint32_t>(word[j]));
   }
+  /* The lanes have looked for different times; what follows wants them together. */
+  warp_sync();
 }
 /* The same for n values of every sequence, two to a word. */
 template <class Take>
@@ -265,8 +267,8 @@ DEV void stage_normed(const FlowChainParams& p, const Memory& sh, const Pass& pa
 struct Held {
   float bias, gate, h;
 };
-/* This block's rows of a product with the staged columns. held = prefetch(row, sequence) is under way while the sums run;
- * emit(whether there is such an output, row, sequence, sum + bias, held) by warps 0 to 3, whole. */
+/* This block's rows of a product with the staged columns. held = prefetch(row, sequence) is under way while the sums
+ * run; then emit(whether there is such an output, row, sequence, sum + bias, held) by warps 0 to 3, whole. */
 template <class Prefetch, class Emit>
 DEV void product(const FlowChainParams& p, const Memory& sh, Cursor& at, uint32_t& half, const Product& m,
                  const Pass& pass, uint32_t stride, Prefetch prefetch, Emit emit) {
@@ -388,7 +390,8 @@ DEV void consume(const FlowChainParams& p, const Memory& sh, Exchange& ex) {
               send_pair(ex, exists, outputs, row, s, last ? sum : silu(sum));
             });
         if (last) break;
-        receive_pairs(p, ex, pass, p.mlp_width, [&](uint32_t s, uint32_t i, bf16 value) { sh.staged[s * stride + i] = value; });
+        receive_pairs(p, ex, pass, p.mlp_width,
+                      [&](uint32_t s, uint32_t i, bf16 value) { sh.staged[s * stride + i] = value; });
         next_exchange(p, ex);
         consumers_sync();
         const Product down = product_at(p, 2 * j + 1);
@@ -396,7 +399,8 @@ DEV void consume(const FlowChainParams& p, const Memory& sh, Exchange& ex) {
         product(
             p, sh, at, half, down, pass, stride,
             [&](uint32_t row, uint32_t s) {
-              const bf16* gate = mod + sequence_of(p, pass, s) * mod_width(p) + (3 * static_cast<size_t>(j) + 2) * width;
+              const size_t third = 3 * static_cast<size_t>(j) + 2;
+              const bf16* gate = mod + sequence_of(p, pass, s) * mod_width(p) + third * width;
               return Held{to_f32(down.bias[row]), to_f32(gate[row]), sh.h[s * width + row]};
             },
             [&](bool exists, uint32_t row, uint32_t s, float sum, Held held) {
