@@ -227,7 +227,7 @@ KERNEL(conformance_mbarrier, ConformanceParams, 64, 1) {
   }
 }
 
-/* in [2, 256]; out [2, 256]: per phase two bulk copies, of 16 and of 1008 bytes, on one barrier. */
+/* in [2, 256]; out [2, 256]: per phase two bulk copies, of 16 bytes and of 1008 with a policy, on one barrier. */
 KERNEL(conformance_bulk_copies, ConformanceParams, 64, 1) {
   SMEM(uint64_t, bar, 1);
   SMEM(uint32_t, stage, 2 * 256);
@@ -241,7 +241,7 @@ KERNEL(conformance_bulk_copies, ConformanceParams, 64, 1) {
     if (thread_rank() == 0) {
       mbar_arrive_tx(bar, 1024);
       bulk_g2s(to, words(p) + phase * 256, 16, bar);
-      bulk_g2s(to + 4, words(p) + phase * 256 + 4, 1008, bar);
+      bulk_g2s_hint(to + 4, words(p) + phase * 256 + 4, 1008, bar, phase == 0 ? l2_evict_first() : l2_evict_last());
     }
     mbar_wait(bar, phase);
     for (uint32_t i = thread_rank(); i < 256; i += 64) results(p)[phase * 256 + i] = to[i];

@@ -211,6 +211,25 @@ DEV void bulk_g2s(void* dst, const void* src, uint32_t bytes, uint64_t* bar) {
                "l"(src), "r"(bytes), "r"(smem_u32(bar))
                : "memory");
 }
+// Policies for the L2 lines of a bulk copy: the first, or the last, to make room for others. Hints: no value changes.
+DEV uint64_t l2_evict_first() {
+  uint64_t r;
+  asm("createpolicy.fractional.L2::evict_first.b64 %0, 1.0;" : "=l"(r));
+  return r;
+}
+DEV uint64_t l2_evict_last() {
+  uint64_t r;
+  asm("createpolicy.fractional.L2::evict_last.b64 %0, 1.0;" : "=l"(r));
+  return r;
+}
+// bulk_g2s with a policy.
+DEV void bulk_g2s_hint(void* dst, const void* src, uint32_t bytes, uint64_t* bar, uint64_t policy) {
+  asm volatile(
+      "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes.L2::cache_hint [%0], [%1], %2, [%3], %4;" ::"r"(
+          smem_u32(dst)),
+      "l"(src), "r"(bytes), "r"(smem_u32(bar)), "l"(policy)
+      : "memory");
+}
 
 // ---- tensor cores ----
 // Four 8x8 matrices of 16-bit elements; lane i gives the address of row i % 8 of matrix i / 8.

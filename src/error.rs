@@ -64,6 +64,11 @@ pub enum Error {
     /// A sampled token is not finite.
     #[error("non-finite values in {stage} at image token {token}")]
     NonFinite { stage: &'static str, token: usize },
+    /// The blocks of a persistent kernel waited in vain for each other's values; the token is useless.
+    #[error(
+        "op {op}: blocks waited in vain for each other at image token {token}, so some of them never ran or stopped"
+    )]
+    Stalled { op: &'static str, token: usize },
     /// The caller asked to stop.
     #[error("cancelled after {tokens} image tokens")]
     Cancelled { tokens: usize },

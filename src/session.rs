@@ -236,6 +236,10 @@ fn token_loop(run: &mut Run, lists: &Lists, listener: &mut Listener<'_>) -> Resu
         }
         if row_ends {
             let state = run.state()?;
+            // First: what a stalled token holds means nothing.
+            if state.stalled != 0 {
+                return Err(Error::Stalled { op: "flow_chain", token: state.stalled as usize - 1 });
+            }
             if state.nonfinite != 0 {
                 return Err(Error::NonFinite { stage: "flow head", token: state.nonfinite as usize - 1 });
             }

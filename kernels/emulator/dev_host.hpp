@@ -203,6 +203,11 @@ DEV void mbar_wait(uint64_t* bar, uint32_t parity SITE_) { emu::mbar_wait(bar, p
 DEV void bulk_g2s(void* dst, const void* src, uint32_t bytes, uint64_t* bar SITE_) {
   emu::bulk_g2s(dst, src, bytes, bar, site);
 }
+DEV uint64_t l2_evict_first() { return 0; }
+DEV uint64_t l2_evict_last() { return 0; }
+DEV void bulk_g2s_hint(void* dst, const void* src, uint32_t bytes, uint64_t* bar, uint64_t SITE_) {
+  emu::bulk_g2s(dst, src, bytes, bar, site);
+}
 
 // ---- tensor cores ----
 namespace emu {

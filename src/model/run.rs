@@ -124,8 +124,8 @@ impl Run {
             self.stream.upload(span.ptr, bytemuck::cast_slice(draws))?;
         }
         self.upload_sources()?;
-        for counters in [self.slots.arrivals, self.slots.product_arrivals] {
-            self.stream.fill(self.arena.span(counters), 0)?;
+        for zeroed in [self.slots.arrivals, self.slots.product_arrivals, self.slots.exchange] {
+            self.stream.fill(self.arena.span(zeroed), 0)?;
         }
         // One row per evaluation, however many images there are.
         let selection = self.stage_selection(Stage::Prefill)?;
@@ -341,6 +341,7 @@ impl Run {
             draw_slots,
             state: span(s.state),
             barrier: span(s.barrier),
+            exchange: span(s.exchange),
             h: span(s.h),
             a: span(s.a),
             v_raw: span(s.v_raw),
