@@ -22,7 +22,7 @@ use warpstep::{Result, device::Buffer};
 #[test]
 fn ops_agree_at_shipped_shapes() {
     let mut ran = 0;
-    for name in ["conv2d", "group_stats", "vae_attention", "encode_latent"] {
+    for name in ["conv2d", "group_stats", "merge_stats", "vae_attention", "encode_latent"] {
         let op = ops::find(name).unwrap();
         for case in (op.cases)().into_iter().filter(|c| c.scale == Scale::Real) {
             let device =
