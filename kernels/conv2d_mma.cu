@@ -215,7 +215,7 @@ DEV void conv2d_tile(const Conv2dParams& p, unsigned char* smem) {
       if (step + 2 < steps) send_weights<F, NT>(p, weights + (step + 2) % kStages * kStage, step + 2, n0);
       else cp_async_commit();
       v4u raw[F::kShare];
-      bool known[F::kShare];
+      bool known[F::kShare] = {};
       const uint32_t chunk0 = tap * (F::kShare * kThreads) + tid_x();
       if (more) {
 #pragma unroll
