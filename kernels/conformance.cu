@@ -266,6 +266,24 @@ KERNEL(conformance_ldmatrix, ConformanceParams, 32, 1) {
   }
 }
 
+/* in [2, 32, 8, 2 bytes]: two loads of four matrices; out [2, 2, 32, 4]: plain by halves, transposed whole. */
+KERNEL(conformance_ldmatrix_all, ConformanceParams, 32, 1) {
+  SMEM(uint32_t, rows, 64 * 20);
+  const uint32_t lane = lane_id();
+  for (uint32_t row = lane; row < 64; row += 32)
+    for (uint32_t j = 0; j < 4; j++) rows[row * 20 + j] = words(p)[row * 4 + j];
+  warp_sync();
+  uint32_t plain[4][2], transposed[2][4];
+  const bf16* mine = reinterpret_cast<const bf16*>(rows + lane * 20);
+  ldmatrix_x4_all(plain, mine, 32 * 40);
+  ldmatrix_x4_trans_all(transposed, mine, 32 * 40);
+  for (uint32_t i = 0; i < 2; i++)
+    for (uint32_t j = 0; j < 4; j++) {
+      results(p)[(i * kWarp + lane) * 4 + j] = plain[2 * i + j / 2][j % 2];
+      results(p)[((2 + i) * kWarp + lane) * 4 + j] = transposed[i][j];
+    }
+}
+
 /* in: A [16, 16] bf16, B [16, 8] bf16 column by column, C [16, 8] float; out [16, 8] float = A B + C. Fragments are
  * gathered by the manual's tables, so the layout of each is under test. */
 KERNEL(conformance_mma, ConformanceParams, 32, 1) {

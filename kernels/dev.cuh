@@ -252,6 +252,27 @@ DEV void mma_bf16_16816(float (&c)[4], const uint32_t (&a)[4], const uint32_t (&
       : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
       : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
 }
+// N * W / 4 of them in a row, the next one `stride` elements further on: what a warp loads between two products.
+template <int N, int W>
+DEV void ldmatrix_x4_all(uint32_t (&r)[N][W], const bf16* row, uint32_t stride) {
+#pragma unroll
+  for (int i = 0; i < N * W; i += 4) {
+    uint32_t four[4];
+    ldmatrix_x4(four, row + i / 4 * stride);
+#pragma unroll
+    for (int j = i; j < i + 4; j++) r[j / W][j % W] = four[j - i];
+  }
+}
+template <int N, int W>
+DEV void ldmatrix_x4_trans_all(uint32_t (&r)[N][W], const bf16* row, uint32_t stride) {
+#pragma unroll
+  for (int i = 0; i < N * W; i += 4) {
+    uint32_t four[4];
+    ldmatrix_x4_trans(four, row + i / 4 * stride);
+#pragma unroll
+    for (int j = i; j < i + 4; j++) r[j / W][j % W] = four[j - i];
+  }
+}
 // c[m][n] += a[m] b[n] for all pairs of fragments: what a warp does between two loads of them.
 template <int M, int N>
 DEV void mma_bf16_all(float (&c)[M][N][4], const uint32_t (&a)[M][4], const uint32_t (&b)[N][2]) {

@@ -74,9 +74,10 @@ typedef struct {
   uint64_t out;      /* [M, Q, d] E, written */
   uint64_t partial;  /* [M, Q, splits, d + 2] float: unnormalised sum, then max, then denominator; splits > 1 */
   uint64_t arrivals; /* [M, G] uint32, zero before and after every launch; splits > 1 */
+  uint64_t prefetch; /* weights of the next op, asked into L2 while the cache is awaited (splitkv_mma) */
   uint32_t rows, heads_q, heads_kv, head_dim, capacity, splits;
   float scale;
-  uint32_t pad;
+  uint32_t prefetch_bytes; /* 0: none */
 } AttentionParams;
 
 /* x[m, :] += w in[m, :] + bias: the output projection and the MLP's down projection */

@@ -266,6 +266,7 @@ impl Backbone {
                 row_pos: rows.row_pos,
                 out: rows.context,
                 split: rows.split,
+                prefetch: Some(layer.o.span),
                 rows: rows.rows,
                 sequences: cache.sequences,
                 heads_q: d.heads_q,

@@ -145,10 +145,14 @@ impl Run {
 
     /// Variants of a stage. Fixed by the stage, never by the number of rows: see [`Selection::or`].
     fn stage_selection(&self, stage: Stage) -> Result<Selection> {
-        let (form, attention) = match stage {
-            Stage::Prefill => (Form::Many, "plain"),
-            Stage::Decode | Stage::Image => (Form::Few, "splitkv"),
+        let form = match stage {
+            Stage::Prefill => Form::Many,
+            Stage::Decode | Stage::Image => Form::Few,
         };
+        let config = &self.model.config;
+        let heads = (config.num_attention_heads, config.num_key_value_heads);
+        let (dtype, decode) = (self.model.dtype, form == Form::Few);
+        let attention = ops::attention::default_variant(dtype, heads, config.head_dim, decode);
         Ok(self.selection.clone().or(&ops::attention::OP, attention)?.for_products(form))
     }
 

@@ -125,6 +125,8 @@ pub struct AttentionParams {
     pub partial: u64,
     /// [M, G] uint32, zero before and after every launch; splits > 1
     pub arrivals: u64,
+    /// weights of the next op, asked into L2 while the cache is awaited (splitkv_mma)
+    pub prefetch: u64,
     pub rows: u32,
     pub heads_q: u32,
     pub heads_kv: u32,
@@ -132,9 +134,10 @@ pub struct AttentionParams {
     pub capacity: u32,
     pub splits: u32,
     pub scale: f32,
-    pub pad: u32,
+    /// 0: none
+    pub prefetch_bytes: u32,
 }
-const _: () = assert!(size_of::<AttentionParams>() == 96);
+const _: () = assert!(size_of::<AttentionParams>() == 104);
 
 /// x[m, :] += w in[m, :] + bias: the output projection and the MLP's down projection
 #[repr(C)]

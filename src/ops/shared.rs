@@ -191,6 +191,7 @@ mod tests {
             row_pos: span(4),
             out: span(5),
             split: None,
+            prefetch: None,
             rows: 2,
             sequences: 2,
             heads_q: 5,
