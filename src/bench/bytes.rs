@@ -108,10 +108,13 @@ fn flops(node: &Node) -> u64 {
     let product = |factors: &[u32]| factors.iter().map(|&f| u64::from(f)).product::<u64>();
     let params = node.params.as_slice();
     match node.kernel.module {
-        "conv2d" => bytemuck::try_from_bytes::<Conv2dParams>(params)
+        // Whichever variant: all take the same parameters.
+        module if module.starts_with("conv2d") => bytemuck::try_from_bytes::<Conv2dParams>(params)
             .map_or(0, |p| 2 * product(&[p.images, p.height, p.width, p.c_in, p.c_out, p.ksize, p.ksize])),
-        "vae_attention" => bytemuck::try_from_bytes::<VaeAttentionParams>(params)
-            .map_or(0, |p| 4 * product(&[p.images, p.pixels, p.pixels, p.channels])),
+        module if module.starts_with("vae_attention") => {
+            bytemuck::try_from_bytes::<VaeAttentionParams>(params)
+                .map_or(0, |p| 4 * product(&[p.images, p.pixels, p.pixels, p.channels]))
+        }
         _ => 0,
     }
 }

@@ -78,7 +78,7 @@ pub fn paper_run(
 ) -> Result<Run> {
     let device: Arc<dyn Device> = Arc::new(PaperDevice::new(SM_COUNT));
     let mut stream = device.stream()?;
-    let model = NextStep::random(&device, stream.as_mut(), config, vae, dtype, 1)?;
+    let model = NextStep::random(&device, stream.as_mut(), (config, vae), dtype, &options.kernels, 1)?;
     let spec = spec(&model, options, grid(&model, size)?)?;
     Run::new(Arc::new(model), &device, options.kernels.clone(), spec)
 }
@@ -205,6 +205,11 @@ mod tests {
         assert_eq!(derived.tokens, 1024);
     }
 
+    /// Packed for a kernel, weights may take up to 2 % more than their tensors.
+    fn near(found: u64, tensors: u64) {
+        assert!((tensors..=tensors + tensors / 50).contains(&found), "{found} bytes for {tensors}");
+    }
+
     #[test]
     fn counted_bytes_are_those_of_the_shapes() {
         let derived =
@@ -212,20 +217,20 @@ mod tests {
         // From the shapes, two bytes each: weights, bias, norm; per layer, times 48.
         let layers = |elements: u64| 48 * 2 * elements;
         let token = &derived.token;
-        assert_eq!(bytes(token, "qkv").weights, layers(36_700_160 + 7_168 + 5_120));
-        assert_eq!(bytes(token, "o_proj").weights, layers(26_214_400));
-        assert_eq!(bytes(token, "gate_up").weights, layers(141_557_760 + 5_120));
-        assert_eq!(bytes(token, "down").weights, layers(70_778_880));
-        assert_eq!(bytes(token, "flow.modulation").weights, 2 * (84_989_952 + 4_721_664));
-        assert_eq!(bytes(token, "out_proj").weights, 2 * (26_219_520 + 5_120));
+        near(bytes(token, "qkv").weights, layers(36_700_160 + 7_168 + 5_120));
+        near(bytes(token, "o_proj").weights, layers(26_214_400));
+        near(bytes(token, "gate_up").weights, layers(141_557_760 + 5_120));
+        near(bytes(token, "down").weights, layers(70_778_880));
+        near(bytes(token, "flow.modulation").weights, 2 * (84_989_952 + 4_721_664));
+        near(bytes(token, "out_proj").weights, 2 * (26_219_520 + 5_120));
         // The cache: 196 608 bytes per slot and branch are read, one slot per branch is written.
         assert_eq!(bytes(token, "attention").cache, 2 * 196_608 * (96 + 512));
         assert_eq!(bytes(token, "qkv").cache, 2 * 196_608);
         // The chain per evaluation, and image_in_projector once: 56 659 968 + 198 208 + 36 864 and 332 800.
-        assert_eq!(bytes(token, "flow.chain").weights, 2 * (28 * (56_659_968 + 198_208 + 36_864) + 332_800));
+        near(bytes(token, "flow.chain").weights, 2 * (28 * (56_659_968 + 198_208 + 36_864) + 332_800));
         // The prompt reads every layer once, however many rows; of the embedding one row each.
-        assert_eq!(bytes(&derived.prefill, "down").weights, layers(70_778_880));
-        assert_eq!(bytes(&derived.prefill, "prefill.embed").weights, 2 * 96 * 5_120 * 2);
+        near(bytes(&derived.prefill, "down").weights, layers(70_778_880));
+        near(bytes(&derived.prefill, "prefill.embed").weights, 2 * 96 * 5_120 * 2);
         // 2.515 TFLOP for the decoder at 512x512, most of it convolutions.
         let flops = total(&derived.image, |op| op.flops) as f64 / 1e12;
         assert!((flops - 2.515).abs() < 0.02, "{flops}");

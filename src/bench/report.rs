@@ -4,6 +4,7 @@ use super::ceilings::Ceilings;
 use super::samples::Row;
 use crate::error::{Error, Result};
 use serde::Serialize;
+use std::collections::BTreeSet;
 use std::fmt::Write as _;
 
 /// What JSON files say they are.
@@ -61,6 +62,9 @@ pub struct Report {
     /// What was measured.
     pub rows: Vec<Row>,
 }
+
+/// Columns that a model's table leaves out: its rows all have the same settings, and run many kernels each.
+const IDENTITY: [&str; 4] = ["variant", "dtype", "shape", "l2"];
 
 const COLUMNS: [&str; 17] = [
     "test",
@@ -135,9 +139,25 @@ impl Report {
         for line in facts.chain([&format!("commit {}, {}", header.commit, header.date)]) {
             let _ = writeln!(text, "- {line}");
         }
-        let _ = writeln!(text, "\n| {} |\n|{}", COLUMNS.join(" | "), "---|".repeat(COLUMNS.len()));
-        for row in self.all() {
-            let _ = writeln!(text, "| {} |", self.cells(row).join(" | "));
+        // Columns in which no row says anything would only widen the table.
+        let rows: Vec<[String; COLUMNS.len()]> = self.all().map(|row| self.cells(row)).collect();
+        let shown: Vec<usize> = (0..COLUMNS.len())
+            .filter(|&column| rows.iter().any(|cells| !cells[column].is_empty()))
+            .filter(|&column| header.kind != "model" || !IDENTITY.contains(&COLUMNS[column]))
+            .collect();
+        let line = |cells: &[String]| {
+            let cells: Vec<&str> = shown.iter().map(|&column| cells[column].as_str()).collect();
+            format!("| {} |\n", cells.join(" | "))
+        };
+        text += "\n";
+        text += &line(&COLUMNS.map(String::from));
+        text += &format!("|{}\n", "---|".repeat(shown.len()));
+        rows.iter().for_each(|cells| text += &line(cells));
+        if header.kind == "model" {
+            let kernels: BTreeSet<&str> =
+                self.rows.iter().flat_map(|row| row.variant.split_whitespace()).collect();
+            let names: Vec<&str> = kernels.into_iter().collect();
+            let _ = writeln!(text, "\nkernels that ran: {}", names.join(" "));
         }
         text
     }

@@ -4,7 +4,7 @@ use crate::device::Device;
 use crate::error::{Error, Result};
 use crate::model::config::{ModelConfig, VaeConfig, check_vae_match};
 use crate::model::nextstep::NextStep;
-use crate::ops::DType;
+use crate::ops::{DType, Selection};
 use std::path::Path;
 use std::sync::Arc;
 
@@ -58,10 +58,11 @@ pub fn model(
     device: &Arc<dyn Device>,
     (config, vae): &(ModelConfig, VaeConfig),
     dtype: DType,
+    kernels: &Selection,
     seed: u64,
 ) -> Result<NextStep> {
     let mut stream = device.stream()?;
-    NextStep::random(device, stream.as_mut(), config, vae, dtype, seed)
+    NextStep::random(device, stream.as_mut(), (config, vae), dtype, kernels, seed)
 }
 
 #[cfg(test)]
@@ -72,16 +73,19 @@ mod tests {
     #[test]
     fn the_14b_takes_the_bytes_that_its_shapes_say() {
         let paper: Arc<dyn Device> = Arc::new(PaperDevice::new(132));
-        let model = model(&paper, &configs("14b", None).unwrap(), DType::Bf16, 1).unwrap();
+        let model = model(&paper, &configs("14b", None).unwrap(), DType::Bf16, &Selection::default(), 1).unwrap();
         // performance: 48 layers with q, k, v biases and norms, embedding and final norm, both projectors, flow
         // head of 157 228 096, VAE of 49 545 475 + 34 274 208. The LM head is not loaded.
         let backbone: u64 = 48 * (275_251_200 + 7_168 + 2 * 5_120) + 778_567_680 + 5_120;
         let projectors = 26_219_520 + 332_800;
         let head = 157_228_096;
         let vae = 49_545_475 + 34_274_208;
-        let probes = model.weight_bytes() / 2 - (backbone + projectors + head + vae);
         // The VAE's probes are identities of 128 and 512 channels with a bias.
-        assert_eq!(probes, 128 * 129 + 512 * 513);
+        let probes = 128 * 129 + 512 * 513;
+        let tensors = 2 * (backbone + projectors + head + vae + probes);
+        // Packed for a kernel, they may take up to 2 % more.
+        let found = model.weight_bytes();
+        assert!((tensors..=tensors + tensors / 50).contains(&found), "{found} bytes for {tensors}");
     }
 
     #[test]

@@ -102,14 +102,24 @@ impl Bench {
         let (model, name) = match &self.model {
             Some(dir) => {
                 let engine_options =
-                    EngineOptions { dtype: self.precision.into(), ..EngineOptions::default() };
+                    EngineOptions {
+                        dtype: self.precision.into(),
+                        kernels: options.kernels.clone(),
+                        ..EngineOptions::default()
+                    };
                 let engine = Engine::load(&ModelSource::Dir(dir.clone()), device.clone(), engine_options)?;
                 (engine.model(), engine.name().to_owned())
             }
             None => {
                 let name = self.synthetic_name(if kind == "cuda" { "14b" } else { "tiny" });
                 let configs = synthetic::configs(name, self.layers)?;
-                let model = synthetic::model(&device, &configs, self.precision.into(), self.seed)?;
+                let model = synthetic::model(
+                    &device,
+                    &configs,
+                    self.precision.into(),
+                    &options.kernels,
+                    self.seed,
+                )?;
                 (Arc::new(model), format!("synthetic {name}, random weights"))
             }
         };
@@ -120,6 +130,8 @@ impl Bench {
         let mut show = |row: &Row| {
             if row.samples_ms.is_empty() {
                 eprintln!("{}: {}", row.test, row.note);
+            } else if row.bytes == 0 {
+                eprintln!("{}: {:.3} ms", row.test, row.median());
             } else {
                 let ratio = row.gb_per_s() / ceilings.copy.gb_per_s();
                 eprintln!("{}: {:.3} ms, {ratio:.3} of copy", row.test, row.median());
