@@ -60,6 +60,8 @@ def roofline(report, axes):
         return False
     for l2, marker in (("cold", "o"), ("hot", "x"), ("", "s")):
         shown = [r for r in rows if r["l2"] == l2]
+        if not shown:
+            continue
         axes.scatter([r["flops"] / r["bytes"] for r in shown], [r["flops"] / r["median_ms"] * 1e3 for r in shown],
                      marker=marker, s=22, label=l2 or "parts of a model")
     best = {}

@@ -5,6 +5,7 @@ use super::samples::{Effort, Row, time};
 use crate::device::{Buffer, Device, Node, Span, Stream};
 use crate::error::{Error, Result};
 use crate::ops::bench::{self, Random};
+use crate::ops::product::{Layout, ProductScratch, Weight};
 use crate::ops::{self, DType, Launch, Selection};
 use serde::Serialize;
 use std::sync::Arc;
@@ -109,11 +110,16 @@ fn gemm(device: &Arc<dyn Device>, effort: &Effort, side: usize) -> Result<Row> {
         let random = Random { seed, mean: 0.0, deviation: 1.0 / (side as f32).sqrt() };
         random_buffer(device, stream.as_mut(), label, DType::Bf16, bytes, random)
     };
+    // Random values are the same weights whether packed or not; with a multiple of 32 both take as many bytes.
     let (x, w) = (operand("bench.x", 2)?, operand("bench.w", 3)?);
     let y = device.alloc(bytes, "bench.y")?;
-    let args = ops::linear::Args {
+    let (floats, counters) = ProductScratch::sizes(sm_count, side);
+    let partial = device.alloc(floats * 4, "bench.partial")?;
+    let arrivals = device.alloc(counters * 4, "bench.arrivals")?;
+    stream.fill(arrivals.span(), 0)?;
+    let args = |variant: &str| ops::linear::Args {
         x: x.span(),
-        w: w.span(),
+        w: Weight { span: w.span(), layout: Layout::of_variant(variant) },
         bias: None,
         y: y.span(),
         rows: side,
@@ -121,12 +127,13 @@ fn gemm(device: &Arc<dyn Device>, effort: &Effort, side: usize) -> Result<Row> {
         inner: side,
         silu: false,
         out_f32: false,
+        scratch: Some(ProductScratch { partial: partial.span(), arrivals: arrivals.span() }),
     };
     let mut best: Option<(f64, &'static str, Node)> = None;
     for variant in ops::linear::OP.variants {
         let selection = Selection::one(&ops::linear::OP, variant.name)?;
         let launch = Launch { selection: &selection, dtype: DType::Bf16, sm_count, dependent: false };
-        let node = match ops::linear::node(&launch, "bench.gemm", &args) {
+        let node = match ops::linear::node(&launch, "bench.gemm", &args(variant.name)) {
             Ok(node) => node,
             // A variant for other shapes.
             Err(Error::Unsupported { .. }) => continue,

@@ -4,6 +4,7 @@ use super::bytes::{OpBytes, count, total};
 use super::ceilings::Ceilings;
 use super::samples::{Effort, Row, time};
 use crate::device::{Device, Executable, NodeList, Stream};
+use crate::engine::MAX_POSITIONS;
 use crate::error::{Error, Result};
 use crate::model::backbone::rope_frequencies;
 use crate::model::flow_head::DrawSource;
@@ -110,6 +111,9 @@ pub fn spec(model: &NextStep, options: &Options, grid: (usize, usize)) -> Result
     })
 }
 
+/// Most tokens of a picture, as in any request.
+const MAX_TOKENS: usize = 16_384;
+
 /// The grid of tokens of a picture.
 pub fn grid(model: &NextStep, (width, height): (usize, usize)) -> Result<(usize, usize)> {
     let unit = model.down_factor();
@@ -117,7 +121,11 @@ pub fn grid(model: &NextStep, (width, height): (usize, usize)) -> Result<(usize,
         let reason = format!("{width}x{height}: both sides must be multiples of {unit}");
         return Err(Error::request("size", reason));
     }
-    Ok((height / unit, width / unit))
+    let grid = (height / unit, width / unit);
+    match grid.0.checked_mul(grid.1) {
+        Some(tokens) if tokens <= MAX_TOKENS => Ok(grid),
+        _ => Err(Error::request("size", format!("{width}x{height}: more than {MAX_TOKENS} tokens"))),
+    }
 }
 
 /// Times everything that `options` ask for; `done` is shown every row as it is finished.
@@ -218,6 +226,9 @@ fn tokens(
     if let Some(short) = options.positions.iter().find(|&&position| position <= options.prompt) {
         let reason = format!("{short}: a token comes after its prompt of {} tokens", options.prompt);
         return Err(Error::request("positions", reason));
+    }
+    if longest > MAX_POSITIONS {
+        return Err(Error::request("positions", format!("{longest}: at most {MAX_POSITIONS}")));
     }
     let tokens = longest - options.prompt;
     let spec = spec(model, options, (1, tokens))?;

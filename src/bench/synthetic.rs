@@ -45,7 +45,9 @@ pub fn configs(name: &str, layers: Option<usize>) -> Result<(ModelConfig, VaeCon
         }
     };
     match layers {
-        Some(0) => return Err(Error::request("layers", "0: at least one")),
+        Some(layers) if !(1..=4096).contains(&layers) => {
+            return Err(Error::request("layers", format!("{layers}: 1 to 4096")));
+        }
         Some(layers) => config.num_hidden_layers = layers,
         None => {}
     }
@@ -73,7 +75,8 @@ mod tests {
     #[test]
     fn the_14b_takes_the_bytes_that_its_shapes_say() {
         let paper: Arc<dyn Device> = Arc::new(PaperDevice::new(132));
-        let model = model(&paper, &configs("14b", None).unwrap(), DType::Bf16, &Selection::default(), 1).unwrap();
+        let model =
+            model(&paper, &configs("14b", None).unwrap(), DType::Bf16, &Selection::default(), 1).unwrap();
         // performance: 48 layers with q, k, v biases and norms, embedding and final norm, both projectors, flow
         // head of 157 228 096, VAE of 49 545 475 + 34 274 208. The LM head is not loaded.
         let backbone: u64 = 48 * (275_251_200 + 7_168 + 2 * 5_120) + 778_567_680 + 5_120;

@@ -101,25 +101,19 @@ impl Bench {
         let options = self.options(kind, if kind == "cuda" { "14b" } else { "tiny" })?;
         let (model, name) = match &self.model {
             Some(dir) => {
-                let engine_options =
-                    EngineOptions {
-                        dtype: self.precision.into(),
-                        kernels: options.kernels.clone(),
-                        ..EngineOptions::default()
-                    };
+                let engine_options = EngineOptions {
+                    dtype: self.precision.into(),
+                    kernels: options.kernels.clone(),
+                    ..EngineOptions::default()
+                };
                 let engine = Engine::load(&ModelSource::Dir(dir.clone()), device.clone(), engine_options)?;
                 (engine.model(), engine.name().to_owned())
             }
             None => {
                 let name = self.synthetic_name(if kind == "cuda" { "14b" } else { "tiny" });
                 let configs = synthetic::configs(name, self.layers)?;
-                let model = synthetic::model(
-                    &device,
-                    &configs,
-                    self.precision.into(),
-                    &options.kernels,
-                    self.seed,
-                )?;
+                let model =
+                    synthetic::model(&device, &configs, self.precision.into(), &options.kernels, self.seed)?;
                 (Arc::new(model), format!("synthetic {name}, random weights"))
             }
         };

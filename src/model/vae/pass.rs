@@ -132,11 +132,13 @@ impl Pass<'_> {
     /// after it wants them.
     fn partial(&self, steps: &Steps, index: usize) -> Result<Option<Span>> {
         let Some([step, next]) = steps.list.get(index..index + 2) else { return Ok(None) };
-        let (Kind::Conv { x, y, ksize, resample, .. }, Kind::Stats { x: wanted, .. }) = (&step.kind, &next.kind)
+        let (Kind::Conv { x, y, ksize, resample, .. }, Kind::Stats { x: wanted, .. }) =
+            (&step.kind, &next.kind)
         else {
             return Ok(None);
         };
-        if y != wanted || !ops::conv2d::makes_partial(self.launch, &self.conv_shape(x, y, *ksize, *resample))? {
+        if y != wanted || !ops::conv2d::makes_partial(self.launch, &self.conv_shape(x, y, *ksize, *resample))?
+        {
             return Ok(None);
         }
         self.span(&Tensor { place: steps.partial, ..*y }).map(Some)
