@@ -299,6 +299,16 @@ typedef struct {
   uint64_t elements;
 } ToRgb8Params;
 
+/* The measuring kernels (kernels/bench.cu): copy, read-only sum, random values */
+typedef struct {
+  uint64_t src;      /* copy: [elements] 16 bytes; sum: [elements] 16 bytes */
+  uint64_t dst;      /* copy: [elements] 16 bytes; sum: [1] uint32, added to; fill: [elements] E; written */
+  uint64_t elements; /* of 16 bytes in copy and sum, of E in fill */
+  uint64_t seed;     /* fill: of the values */
+  float mean;        /* fill */
+  float deviation;   /* fill */
+} BenchParams;
+
 /* What one conformance kernel is given and leaves (kernels/conformance.cu). */
 typedef struct {
   uint64_t in;      /* [count_in] uint32 */

@@ -183,6 +183,11 @@ impl Engine {
         Ok(Engine { device, model: Arc::new(model), options, tokenizer, name, defaults })
     }
 
+    /// The model on the device, for measuring it.
+    pub fn model(&self) -> Arc<NextStep> {
+        self.model.clone()
+    }
+
     /// The model's name, as stored with pictures.
     pub fn name(&self) -> &str {
         &self.name

@@ -29,6 +29,7 @@
 //! | [`model`] | configs, weights on the device, the order of ops, the memory plan |
 //! | [`ops`] | one op per file: shapes, geometry, declared reads and writes; the registry and the test harness |
 //! | [`device`] | memory, node lists, replay; the emulated device, and the CUDA device (never run on a GPU yet) |
+//! | [`mod@bench`] | timing of kernels and models, the ceilings, bytes counted from node lists |
 //! | [`conformance`] | whether a device's primitives do what the PTX manual says |
 //!
 //! # Threads
@@ -41,6 +42,7 @@
 //! from checkpoints, and allocates no more device memory than [`engine::Engine::plan`] says.
 #![warn(missing_docs)]
 
+pub mod bench;
 pub mod conformance;
 pub mod demo;
 pub mod device;

@@ -44,13 +44,42 @@ impl NextStep {
         dtype: DType,
         kernels: &Selection,
     ) -> Result<NextStep> {
-        let mut up = Uploader::new(device.clone(), stream, dtype, kernels);
+        let up = Uploader::new(device.clone(), stream, dtype, kernels);
+        let model = NextStep::upload(up, (config, weights), (vae_config, vae_weights), dtype, kernels)?;
+        stream.synchronize()?;
+        Ok(model)
+    }
+
+    /// A model of these shapes with random weights, made on the device from `seed`: for measuring, where only bytes
+    /// and operations count.
+    pub fn random(
+        device: &Arc<dyn Device>,
+        stream: &mut dyn Stream,
+        (config, vae_config): (&ModelConfig, &VaeConfig),
+        dtype: DType,
+        kernels: &Selection,
+        seed: u64,
+    ) -> Result<NextStep> {
+        let weights = ModelWeights::of_shapes(config)?;
+        let vae_weights = VaeWeights::of_shapes(vae_config)?;
+        let up = Uploader::random(device.clone(), stream, dtype, kernels, seed);
+        let model = NextStep::upload(up, (config, &weights), (vae_config, &vae_weights), dtype, kernels)?;
+        stream.synchronize()?;
+        Ok(model)
+    }
+
+    fn upload(
+        mut up: Uploader<'_>,
+        (config, weights): (&ModelConfig, &ModelWeights),
+        (vae_config, vae_weights): (&VaeConfig, &VaeWeights),
+        dtype: DType,
+        kernels: &Selection,
+    ) -> Result<NextStep> {
         let backbone = Backbone::load(config, weights, &mut up)?;
         let flow = FlowHead::load(config, weights, &mut up)?;
         let vae = VaeDecoder::load(vae_config, vae_weights, config.latent_patch_size, &mut up)?;
         let encoder = VaeEncoder::load(vae_config, vae_weights, &mut up)?;
         let (buffers, bytes) = up.finish();
-        stream.synchronize()?;
         Ok(NextStep {
             backbone,
             flow,

@@ -172,6 +172,16 @@ impl Run {
         &self.spec
     }
 
+    /// The model that it is a generation of.
+    pub fn model(&self) -> Arc<NextStep> {
+        self.model.clone()
+    }
+
+    /// Everything but weights and cache.
+    pub fn arena(&self) -> Span {
+        self.arena.whole()
+    }
+
     /// The stream that everything runs on.
     pub fn stream(&mut self) -> &mut dyn Stream {
         self.stream.as_mut()

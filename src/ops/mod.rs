@@ -6,6 +6,7 @@
 
 pub mod advance;
 pub mod attention;
+pub mod bench;
 pub mod conv2d;
 pub mod down;
 pub mod embed;

@@ -577,6 +577,25 @@ pub struct ToRgb8Params {
 }
 const _: () = assert!(size_of::<ToRgb8Params>() == 24);
 
+/// The measuring kernels (kernels/bench.cu): copy, read-only sum, random values
+#[repr(C)]
+#[derive(Debug, Default, Copy, Clone, bytemuck::Pod, bytemuck::Zeroable)]
+pub struct BenchParams {
+    /// copy: [elements] 16 bytes; sum: [elements] 16 bytes
+    pub src: u64,
+    /// copy: [elements] 16 bytes; sum: [1] uint32, added to; fill: [elements] E; written
+    pub dst: u64,
+    /// of 16 bytes in copy and sum, of E in fill
+    pub elements: u64,
+    /// fill: of the values
+    pub seed: u64,
+    /// fill
+    pub mean: f32,
+    /// fill
+    pub deviation: f32,
+}
+const _: () = assert!(size_of::<BenchParams>() == 40);
+
 /// What one conformance kernel is given and leaves (kernels/conformance.cu).
 #[repr(C)]
 #[derive(Debug, Default, Copy, Clone, bytemuck::Pod, bytemuck::Zeroable)]

@@ -2,11 +2,14 @@
 //! Exit codes: 0 done, 1 failure, 2 usage, 130 cancelled.
 
 mod args;
+mod bench;
 mod doctor;
 mod edit;
 mod generate;
 mod inspect;
 mod kernels;
+mod kernels_bench;
+mod measured;
 mod picture;
 mod reconstruct;
 mod verify;
@@ -40,6 +43,8 @@ enum Verb {
     /// List the kernels, or test them against their references.
     #[command(subcommand)]
     Kernels(kernels::Kernels),
+    /// Time a model, or derive what a token must cost.
+    Bench(bench::Bench),
     /// Describe a checkpoint folder, or print the parameters stored in a PNG.
     Inspect(inspect::Inspect),
     /// Report what this machine and this build can do.
@@ -55,6 +60,7 @@ fn main() -> ExitCode {
         Verb::Reconstruct(verb) => verb.run(),
         Verb::Verify(verb) => verb.run(),
         Verb::Kernels(verb) => verb.run(),
+        Verb::Bench(verb) => verb.run(),
         Verb::Inspect(verb) => verb.run(),
         Verb::Doctor(verb) => verb.run(),
     };

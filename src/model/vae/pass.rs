@@ -27,13 +27,19 @@ impl Tensors {
         let mut tensors = HashMap::new();
         for spec in weights.specs().iter().filter(|spec| spec.part == part) {
             let view = weights.get(&spec.name)?;
-            let span = up.values(&format!("vae.{}", spec.name), view.elements(), || {
-                let values = convert::to_f32(&view)?;
-                match *spec.shape.as_slice() {
-                    [o, i, kh, kw] => convert::conv_to_ohwi(&values, [o, i, kh, kw]),
-                    _ => Ok(values),
-                }
-            })?;
+            let label = format!("vae.{}", spec.name);
+            let span = if up.is_random() {
+                // As many values in whichever order.
+                up.one(&label, &view)?
+            } else {
+                up.values(&label, view.elements(), || {
+                    let values = convert::to_f32(&view)?;
+                    match *spec.shape.as_slice() {
+                        [o, i, kh, kw] => convert::conv_to_ohwi(&values, [o, i, kh, kw]),
+                        _ => Ok(values),
+                    }
+                })?
+            };
             tensors.insert(spec.name.clone(), span);
         }
         // The probe of norm_out is a convolution by one.
