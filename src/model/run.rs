@@ -5,6 +5,8 @@
 
 mod sources;
 
+pub(super) use sources::SourceParts;
+
 use super::arena::{Arena, Slot, Stage};
 use super::backbone::{Cache, Rows, rope_table};
 use super::flow_head::{FlowBuffers, FlowTaps};
@@ -123,7 +125,8 @@ impl Run {
             }
             self.stream.upload(span.ptr, bytemuck::cast_slice(draws))?;
         }
-        self.upload_sources()?;
+        let parts = SourceParts::new(&self.model, &self.arena, &self.slots.sources, &self.spec.sources);
+        parts.upload(self.stream.as_mut())?;
         for counters in [self.slots.arrivals, self.slots.product_arrivals] {
             self.stream.fill(self.arena.span(counters), 0)?;
         }
@@ -143,13 +146,8 @@ impl Run {
         )
     }
 
-    /// Variants of a stage. Fixed by the stage, never by the number of rows: see [`Selection::or`].
     fn stage_selection(&self, stage: Stage) -> Result<Selection> {
-        let (form, attention) = match stage {
-            Stage::Prefill => (Form::Many, "plain"),
-            Stage::Decode | Stage::Image => (Form::Few, "splitkv"),
-        };
-        Ok(self.selection.clone().or(&ops::attention::OP, attention)?.for_products(form))
+        stage_selection(&self.selection, stage)
     }
 
     fn scratch(&self) -> Option<ProductScratch> {
@@ -255,7 +253,7 @@ impl Run {
         let rows = self.prefill_rows();
         if embed {
             let ids = self.arena.span(self.slots.ids);
-            let source = self.record_source_rows(&mut list)?;
+            let source = self.source_parts().record_rows(&launch, &mut list, self.scratch())?;
             self.model.backbone.record_embed(&launch, &mut list, "prefill", ids, source, &rows)?;
         }
         self.model.backbone.record_layers(&launch, &mut list, "prefill", &rows, &self.cache)?;
@@ -440,6 +438,15 @@ impl Run {
         self.stream.download(span.ptr, bytemuck::bytes_of_mut(&mut state))?;
         Ok(state)
     }
+}
+
+/// Variants of a stage. Fixed by the stage, never by the number of rows: see [`Selection::or`].
+pub(super) fn stage_selection(chosen: &Selection, stage: Stage) -> Result<Selection> {
+    let (form, attention) = match stage {
+        Stage::Prefill => (Form::Many, "plain"),
+        Stage::Decode | Stage::Image => (Form::Few, "splitkv"),
+    };
+    Ok(chosen.clone().or(&ops::attention::OP, attention)?.for_products(form))
 }
 
 impl Drop for Run {

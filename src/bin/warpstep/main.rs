@@ -2,6 +2,7 @@
 //! Exit codes: 0 done, 1 failure, 2 usage, 130 cancelled.
 
 mod args;
+mod complete;
 mod doctor;
 mod edit;
 mod generate;
@@ -9,6 +10,7 @@ mod inspect;
 mod kernels;
 mod picture;
 mod reconstruct;
+mod think;
 mod verify;
 
 use clap::{Parser, Subcommand};
@@ -27,22 +29,18 @@ struct Cli {
     verb: Verb,
 }
 
+// A comment here would replace the one of the verb's own struct, and with it the examples in its help.
 #[derive(Subcommand)]
 enum Verb {
-    /// Make pictures from a caption.
     Generate(generate::Generate),
-    /// Change pictures as a text says.
     Edit(edit::Edit),
-    /// Encode and decode pictures, and print what is lost.
+    Complete(complete::Complete),
     Reconstruct(reconstruct::Reconstruct),
-    /// Compare the engine with tensors recorded from the official code.
     Verify(verify::Verify),
     /// List the kernels, or test them against their references.
     #[command(subcommand)]
     Kernels(kernels::Kernels),
-    /// Describe a checkpoint folder, or print the parameters stored in a PNG.
     Inspect(inspect::Inspect),
-    /// Report what this machine and this build can do.
     Doctor(doctor::Doctor),
 }
 
@@ -52,6 +50,7 @@ fn main() -> ExitCode {
     let result = match cli.verb {
         Verb::Generate(verb) => verb.run(),
         Verb::Edit(verb) => verb.run(),
+        Verb::Complete(verb) => verb.run(),
         Verb::Reconstruct(verb) => verb.run(),
         Verb::Verify(verb) => verb.run(),
         Verb::Kernels(verb) => verb.run(),
