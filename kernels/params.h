@@ -122,6 +122,17 @@ typedef struct {
   float eps;
 } OutProjParams;
 
+/* h = E(rms(x)) * norm_w; logits = w h: final norm and lm_head */
+typedef struct {
+  uint64_t x;        /* [S, D] float */
+  uint64_t norm_w;   /* [D] E */
+  uint64_t w;        /* [V, D] E */
+  uint64_t norm_out; /* [S, D] E, written: h; optional */
+  uint64_t logits;   /* [S, V] float, written: rounded to E, then widened */
+  uint32_t rows, hidden, vocab;
+  float eps;
+} LmHeadParams;
+
 /* y = act(w x + bias) */
 typedef struct {
   uint64_t x;    /* [M, K] E */

@@ -25,6 +25,7 @@
 //! |---|---|
 //! | [`engine`] | a loaded model on a device, validation, the plan of a request |
 //! | [`session`] | the token loop: events, cancel, checks |
+//! | [`text`] | text from the LM head: the same loop with the host choosing each token |
 //! | [`mod@reconstruct`] | pictures through the VAE and back |
 //! | [`model`] | configs, weights on the device, the order of ops, the memory plan |
 //! | [`ops`] | one op per file: shapes, geometry, declared reads and writes; the registry and the test harness |
@@ -60,6 +61,7 @@ pub mod request;
 pub mod rng;
 pub mod sampler;
 pub mod session;
+pub mod text;
 pub mod tokenizer;
 pub mod verify;
 pub mod weights;

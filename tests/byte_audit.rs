@@ -203,6 +203,27 @@ fn decoder_layer(bench: &mut Bench, variant: &str, row_counts: &[usize]) {
 }
 
 #[test]
+fn the_lm_head_reads_its_weights_once() {
+    const VOCAB: usize = 152_064;
+    let Some(mut bench) = Bench::new() else { return };
+    let selection = Selection::default();
+    let launch = Launch { selection: &selection, dtype: DType::Bf16, sm_count: 132, dependent: false };
+    let lm_head = ops::lm_head::Args {
+        x: bench.zeros("x", HIDDEN * 4),
+        norm_w: bench.zeros("norm_w", HIDDEN * E),
+        w: bench.zeros("w_lm_head", VOCAB * HIDDEN * E),
+        norm_out: None,
+        logits: bench.zeros("logits", VOCAB * 4),
+        rows: 1,
+        hidden: HIDDEN,
+        vocab: VOCAB,
+        eps: 1e-5,
+    };
+    let audit = bench.run(&ops::lm_head::node(&launch, "lm_head", &lm_head).unwrap());
+    bench.expect(&audit, "w_lm_head", lm_head.w.bytes, ONCE);
+}
+
+#[test]
 fn the_flow_head_reads_modulations_once_and_the_chain_once_per_evaluation() {
     let Some(mut bench) = Bench::new() else { return };
     let selection = Selection::default();

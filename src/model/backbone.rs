@@ -191,6 +191,16 @@ impl Backbone {
         self.pos_rows
     }
 
+    /// `[V, D]` E: the embedding table.
+    pub fn embedding(&self) -> Span {
+        self.embed
+    }
+
+    /// `[D]` E: weights of the final norm.
+    pub fn final_norm(&self) -> Span {
+        self.norm
+    }
+
     /// Number of decoder layers.
     pub fn layers(&self) -> usize {
         self.layers.len()

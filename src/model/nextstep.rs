@@ -3,6 +3,7 @@
 use super::backbone::Backbone;
 use super::config::{ModelConfig, VaeConfig};
 use super::flow_head::FlowHead;
+use super::lm_head::LmHead;
 use super::upload::Uploader;
 use super::vae::{VaeDecoder, VaeEncoder};
 use crate::device::{Buffer, Device, Stream};
@@ -21,6 +22,8 @@ pub struct NextStep {
     pub vae: VaeDecoder,
     /// The VAE encoder, if the checkpoint has one.
     pub encoder: Option<VaeEncoder>,
+    /// The LM head, if text was asked for.
+    pub text: Option<LmHead>,
     /// Sizes of the transformer and the flow head.
     pub config: ModelConfig,
     /// Sizes of the VAE.
@@ -35,7 +38,7 @@ pub struct NextStep {
 
 impl NextStep {
     /// Uploads every tensor that text-to-image and editing read, in the layouts that the variants in `kernels` and
-    /// the defaults read.
+    /// the defaults read; with `text` the LM head too.
     pub fn load(
         device: &Arc<dyn Device>,
         stream: &mut dyn Stream,
@@ -43,6 +46,7 @@ impl NextStep {
         (vae_config, vae_weights): (&VaeConfig, &VaeWeights),
         dtype: DType,
         kernels: &Selection,
+        text: bool,
     ) -> Result<NextStep> {
         let up = Uploader::new(device.clone(), stream, dtype, kernels);
         let model = NextStep::upload(up, (config, weights), (vae_config, vae_weights), dtype, kernels)?;
@@ -79,12 +83,17 @@ impl NextStep {
         let flow = FlowHead::load(config, weights, &mut up)?;
         let vae = VaeDecoder::load(vae_config, vae_weights, config.latent_patch_size, &mut up)?;
         let encoder = VaeEncoder::load(vae_config, vae_weights, &mut up)?;
+        let text = match text {
+            true => Some(LmHead::load(config, weights, &backbone, &mut up)?),
+            false => None,
+        };
         let (buffers, bytes) = up.finish();
         Ok(NextStep {
             backbone,
             flow,
             vae,
             encoder,
+            text,
             config: config.clone(),
             vae_config: vae_config.clone(),
             dtype,

@@ -5,6 +5,8 @@
 
 mod sources;
 
+pub(super) use sources::SourceParts;
+
 use super::arena::{Arena, Slot, Stage};
 use super::backbone::{Cache, Rows, rope_table};
 use super::flow_head::{FlowBuffers, FlowTaps};
@@ -123,7 +125,8 @@ impl Run {
             }
             self.stream.upload(span.ptr, bytemuck::cast_slice(draws))?;
         }
-        self.upload_sources()?;
+        let parts = SourceParts::new(&self.model, &self.arena, &self.slots.sources, &self.spec.sources);
+        parts.upload(self.stream.as_mut())?;
         for zeroed in [self.slots.arrivals, self.slots.product_arrivals, self.slots.exchange] {
             self.stream.fill(self.arena.span(zeroed), 0)?;
         }
@@ -143,17 +146,8 @@ impl Run {
         )
     }
 
-    /// Variants of a stage. Fixed by the stage, never by the number of rows: see [`Selection::or`].
     fn stage_selection(&self, stage: Stage) -> Result<Selection> {
-        let form = match stage {
-            Stage::Prefill => Form::Many,
-            Stage::Decode | Stage::Image => Form::Few,
-        };
-        let config = &self.model.config;
-        let heads = (config.num_attention_heads, config.num_key_value_heads);
-        let (dtype, decode) = (self.model.dtype, form == Form::Few);
-        let attention = ops::attention::default_variant(dtype, heads, config.head_dim, decode);
-        Ok(self.selection.clone().or(&ops::attention::OP, attention)?.for_products(form))
+        stage_selection(&self.model, &self.selection, stage)
     }
 
     fn scratch(&self) -> Option<ProductScratch> {
@@ -269,7 +263,7 @@ impl Run {
         let rows = self.prefill_rows();
         if embed {
             let ids = self.arena.span(self.slots.ids);
-            let source = self.record_source_rows(&mut list)?;
+            let source = self.source_parts().record_rows(&launch, &mut list, self.scratch())?;
             self.model.backbone.record_embed(&launch, &mut list, "prefill", ids, source, &rows)?;
         }
         self.model.backbone.record_layers(&launch, &mut list, "prefill", &rows, &self.cache)?;
@@ -455,6 +449,19 @@ impl Run {
         self.stream.download(span.ptr, bytemuck::bytes_of_mut(&mut state))?;
         Ok(state)
     }
+}
+
+/// Variants of a stage. Fixed by the stage, never by the number of rows: see [`Selection::or`].
+pub(super) fn stage_selection(model: &NextStep, chosen: &Selection, stage: Stage) -> Result<Selection> {
+    let form = match stage {
+        Stage::Prefill => Form::Many,
+        Stage::Decode | Stage::Image => Form::Few,
+    };
+    let config = &model.config;
+    let heads = (config.num_attention_heads, config.num_key_value_heads);
+    let decode = form == Form::Few;
+    let attention = ops::attention::default_variant(model.dtype, heads, config.head_dim, decode);
+    Ok(chosen.clone().or(&ops::attention::OP, attention)?.for_products(form))
 }
 
 impl Drop for Run {

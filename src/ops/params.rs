@@ -222,6 +222,27 @@ pub struct OutProjParams {
 }
 const _: () = assert!(size_of::<OutProjParams>() == 96);
 
+/// h = E(rms(x)) \* norm_w; logits = w h: final norm and lm_head
+#[repr(C)]
+#[derive(Debug, Default, Copy, Clone, bytemuck::Pod, bytemuck::Zeroable)]
+pub struct LmHeadParams {
+    /// [S, D] float
+    pub x: u64,
+    /// [D] E
+    pub norm_w: u64,
+    /// [V, D] E
+    pub w: u64,
+    /// [S, D] E, written: h; optional
+    pub norm_out: u64,
+    /// [S, V] float, written: rounded to E, then widened
+    pub logits: u64,
+    pub rows: u32,
+    pub hidden: u32,
+    pub vocab: u32,
+    pub eps: f32,
+}
+const _: () = assert!(size_of::<LmHeadParams>() == 56);
+
 /// y = act(w x + bias)
 #[repr(C)]
 #[derive(Debug, Default, Copy, Clone, bytemuck::Pod, bytemuck::Zeroable)]

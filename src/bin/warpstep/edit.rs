@@ -13,6 +13,7 @@ use std::process::ExitCode;
 /// of the first picture unless --size is given.
 ///
 ///   warpstep edit circle.png "make the circle black" --cfg 3 --cfg-img 1.5 -o black.png
+///
 ///   warpstep edit photo.png "remove the car" --model NextStep-1-Large-Edit --preset edit
 #[derive(Args)]
 pub struct Edit {

@@ -1,6 +1,7 @@
 //! `warpstep generate`: a caption in, PNGs out; and what `warpstep edit` shares with it.
 
 use crate::args::{DeviceArgs, Precision, parse_size};
+use crate::think::{ThinkArgs, Thought};
 use anyhow::{Context, Result, bail};
 use clap::Args;
 use indicatif::{ProgressBar, ProgressDrawTarget, ProgressStyle};
@@ -21,6 +22,7 @@ use warpstep::sampler::{GuidanceSchedule, Sampler};
 /// stored in the PNG, where `warpstep inspect` finds it.
 ///
 ///   warpstep generate "a small blue star on a yellow background" --seed 7 -n 4 -o stars.png
+///
 ///   warpstep generate "a red panda" --model NextStep-1.1 --size 512x512 --steps 28 --cfg 7.5
 #[derive(Args)]
 pub struct Generate {
@@ -133,6 +135,9 @@ pub struct Options {
     output: PathBuf,
 
     #[command(flatten)]
+    think: ThinkArgs,
+
+    #[command(flatten)]
     device: DeviceArgs,
 }
 
@@ -165,6 +170,7 @@ impl Options {
         if !self.plan {
             check_output(&self.output)?;
         }
+        self.think.check()?;
         let source = match &self.model {
             Some(dir) => ModelSource::Dir(dir.clone()),
             None => ModelSource::Demo,
@@ -174,6 +180,7 @@ impl Options {
             mmap: !self.no_mmap,
             vae: self.vae.clone(),
             kernels: self.device.selection()?,
+            text: self.think.writes(),
             ..EngineOptions::default()
         };
         let engine = Arc::new(match self.plan {
@@ -183,6 +190,7 @@ impl Options {
         let mut request = self.request(&engine, prompt, edit.as_ref())?;
         request.preview_every_rows = self.preview;
         request.images = edit.map(|edit| edit.images).unwrap_or_default();
+        let thought = self.think.apply(&engine, &mut request)?;
         let plan = engine.plan(&request)?;
         let sizes = format!(
             "{} image tokens x {}, {} branches, {:.1} MB of weights, {:.1} MB for this request",
@@ -226,7 +234,7 @@ impl Options {
             let path = numbered(&self.output, index, result.images.len());
             let metadata = match self.no_metadata {
                 true => None,
-                false => Some(self.metadata(&engine, &request, index as u32)),
+                false => Some(self.metadata(&engine, &request, thought.as_ref(), index as u32)),
             };
             write_png(&path, image, metadata.as_ref())?;
             eprintln!("wrote {}", path.display());
@@ -246,7 +254,7 @@ impl Options {
         if self.json {
             let value = serde_json::json!({
                 "files": files, "request": request, "plan": result.plan, "timings": t,
-                "device": engine.device_info().name,
+                "device": engine.device_info().name, "thought": thought,
             });
             println!("{value}");
         }
@@ -292,9 +300,15 @@ impl Options {
     }
 
     /// What the PNG remembers: enough to make this image again by itself.
-    fn metadata(&self, engine: &Engine, request: &GenerateRequest, index: u32) -> Metadata {
+    fn metadata(
+        &self,
+        engine: &Engine,
+        request: &GenerateRequest,
+        thought: Option<&Thought>,
+        index: u32,
+    ) -> Metadata {
         let alone = request.single(index);
-        let json = serde_json::json!({
+        let mut json = serde_json::json!({
             "version": env!("CARGO_PKG_VERSION"),
             "model": engine.name(),
             "device": engine.device_info().name,
@@ -303,6 +317,9 @@ impl Options {
             "kernels": self.device.kernels,
             "request": alone,
         });
+        if let Some(thought) = thought {
+            json["thought"] = serde_json::json!(thought);
+        }
         Metadata { parameters: alone.webui_parameters(engine.name()), json: json.to_string() }
     }
 }

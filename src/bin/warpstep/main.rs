@@ -3,6 +3,7 @@
 
 mod args;
 mod bench;
+mod complete;
 mod doctor;
 mod edit;
 mod generate;
@@ -12,6 +13,7 @@ mod kernels_bench;
 mod measured;
 mod picture;
 mod reconstruct;
+mod think;
 mod verify;
 
 use clap::{Parser, Subcommand};
@@ -30,24 +32,19 @@ struct Cli {
     verb: Verb,
 }
 
+// A comment here would replace the one of the verb's own struct, and with it the examples in its help.
 #[derive(Subcommand)]
 enum Verb {
-    /// Make pictures from a caption.
     Generate(generate::Generate),
-    /// Change pictures as a text says.
     Edit(edit::Edit),
-    /// Encode and decode pictures, and print what is lost.
+    Complete(complete::Complete),
     Reconstruct(reconstruct::Reconstruct),
-    /// Compare the engine with tensors recorded from the official code.
     Verify(verify::Verify),
     /// List the kernels, or test them against their references.
     #[command(subcommand)]
     Kernels(kernels::Kernels),
-    /// Time a model, or derive what a token must cost.
     Bench(bench::Bench),
-    /// Describe a checkpoint folder, or print the parameters stored in a PNG.
     Inspect(inspect::Inspect),
-    /// Report what this machine and this build can do.
     Doctor(doctor::Doctor),
 }
 
@@ -57,6 +54,7 @@ fn main() -> ExitCode {
     let result = match cli.verb {
         Verb::Generate(verb) => verb.run(),
         Verb::Edit(verb) => verb.run(),
+        Verb::Complete(verb) => verb.run(),
         Verb::Reconstruct(verb) => verb.run(),
         Verb::Verify(verb) => verb.run(),
         Verb::Kernels(verb) => verb.run(),

@@ -18,6 +18,7 @@ use warpstep::reconstruct::{ChannelStats, LatentNoise, reconstruct};
 /// The encoder's mean is decoded, with noise added if asked for. Several pictures give a table with means.
 ///
 ///   warpstep reconstruct photo.png -o decoded.png
+///
 ///   warpstep reconstruct photos/*.png --noise 0.2 -o noisy.png
 #[derive(Args)]
 pub struct Reconstruct {
