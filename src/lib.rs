@@ -26,6 +26,7 @@
 //! | [`engine`] | a loaded model on a device, validation, the plan of a request |
 //! | [`session`] | the token loop: events, cancel, checks |
 //! | [`mod@reconstruct`] | pictures through the VAE and back |
+//! | [`tokens`] | image tokens in files, to be decoded again |
 //! | [`model`] | configs, weights on the device, the order of ops, the memory plan |
 //! | [`ops`] | one op per file: shapes, geometry, declared reads and writes; the registry and the test harness |
 //! | [`device`] | memory, node lists, replay; the emulated device, and the CUDA device (never run on a GPU yet) |
@@ -59,6 +60,7 @@ pub mod rng;
 pub mod sampler;
 pub mod session;
 pub mod tokenizer;
+pub mod tokens;
 pub mod verify;
 pub mod weights;
 
