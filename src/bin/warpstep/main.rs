@@ -7,7 +7,9 @@ mod edit;
 mod generate;
 mod inspect;
 mod kernels;
+mod outputs;
 mod picture;
+mod prompts;
 mod reconstruct;
 mod verify;
 
