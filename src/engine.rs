@@ -18,6 +18,7 @@ use crate::rng::{CudaRandn, DrawPlan, H100_MAX_THREADS, PosteriorDraw};
 use crate::sampler::sinusoids;
 use crate::session::Session;
 use crate::tokenizer::{ModelTokenIds, Tokenizer};
+use crate::tokens::TokenLayout;
 use crate::weights::{Checkpoint, ModelWeights, OpenOptions, VaeWeights};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
@@ -219,6 +220,17 @@ impl Engine {
         )
     }
 
+    /// What this model's image tokens are.
+    pub fn token_layout(&self) -> TokenLayout {
+        let (config, vae) = (&self.model.config, &self.model.vae_config);
+        TokenLayout {
+            channels: config.latent_channels,
+            patch: config.latent_patch_size,
+            scale: vae.scaling_factor,
+            shift: vae.shift_factor,
+        }
+    }
+
     /// Bytes, tokens and branches of a request; no device work.
     pub fn plan(&self, request: &GenerateRequest) -> Result<Plan> {
         Ok(self.prepare(request)?.plan)
@@ -248,7 +260,9 @@ impl Engine {
             let fits = |p: &RgbImage| p.width().is_multiple_of(unit) && p.height().is_multiple_of(unit);
             if let Some(picture) = pictures.iter().find(|p| !fits(p)) {
                 let (width, height) = (picture.width(), picture.height());
-                let reason = format!("one is {width}x{height} pixels; both sides must divide by {unit}");
+                let reason = format!(
+                    "one is {width}x{height} pixels; both sides must divide by {unit}: choose a resize mode"
+                );
                 return Err(Error::request("images", reason));
             }
         }

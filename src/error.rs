@@ -82,6 +82,9 @@ pub enum Error {
     /// An image could not be read or written.
     #[error("image {}: {reason}", path.display())]
     Image { path: PathBuf, reason: String },
+    /// A file of image tokens is malformed, or of another kind of model.
+    #[error("image tokens {}: {reason}", path.display())]
+    Tokens { path: PathBuf, reason: String },
     /// A file could not be opened, read or written.
     #[error("{}: {source}", path.display())]
     Io { path: PathBuf, source: std::io::Error },

@@ -14,7 +14,7 @@ pub use prepare::{BUCKETS, ResizeMode, nearest_bucket, prepare};
 pub use read::{ImageLimits, load_image};
 
 use crate::error::{Error, Result};
-use atomic::write_atomically;
+pub(crate) use atomic::write_atomically;
 use std::fs::File;
 use std::io::{BufRead, BufReader, Seek, Write};
 use std::path::Path;
@@ -71,7 +71,7 @@ impl RgbImage {
 }
 
 /// What a picture says about its making.
-#[derive(Clone, Debug, Default, PartialEq, Eq)]
+#[derive(Clone, Debug, Default, PartialEq, Eq, serde::Serialize, serde::Deserialize)]
 pub struct Metadata {
     /// The line format that viewers read, under the keyword `parameters`.
     pub parameters: String,

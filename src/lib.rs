@@ -27,6 +27,7 @@
 //! | [`session`] | the token loop: events, cancel, checks |
 //! | [`text`] | text from the LM head: the same loop with the host choosing each token |
 //! | [`mod@reconstruct`] | pictures through the VAE and back |
+//! | [`tokens`] | image tokens in files, to be decoded again |
 //! | [`model`] | configs, weights on the device, the order of ops, the memory plan |
 //! | [`ops`] | one op per file: shapes, geometry, declared reads and writes; the registry and the test harness |
 //! | [`device`] | memory, node lists, replay; the emulated device, and the CUDA device (never run on a GPU yet) |
@@ -63,6 +64,7 @@ pub mod sampler;
 pub mod session;
 pub mod text;
 pub mod tokenizer;
+pub mod tokens;
 pub mod verify;
 pub mod weights;
 

@@ -1,13 +1,14 @@
 //! Pictures through the VAE and back: what the tokenizer of images keeps of them.
 
-use crate::device::NodeList;
+use crate::device::{NodeList, Stream};
 use crate::engine::Engine;
 use crate::error::{Error, Result};
 use crate::image::RgbImage;
-use crate::model::vae::{LatentOutputs, VaeEncoder};
+use crate::model::vae::{Decoded, LatentOutputs, VaeEncoder};
 use crate::ops::harness::{decode, encode};
 use crate::ops::{self, Launch};
 use crate::rng::{CudaRandn, H100_MAX_THREADS};
+use crate::tokens::ImageTokens;
 use std::sync::Arc;
 
 /// A picture that was encoded and decoded.
@@ -93,11 +94,46 @@ pub fn reconstruct(engine: &Engine, image: &RgbImage, noise: LatentNoise) -> Res
     }
     let mut list = NodeList::new();
     let decoded = model.vae.record(&launch, &mut list, tokens.span(), 1, grid, arena.span())?;
+    let mut pictures = pictures(stream.as_mut(), list, &decoded)?;
+    let image = pictures.pop().ok_or_else(|| Error::Internal("the decoder made no picture".into()))?;
+    Ok(Reconstruction { image, channels })
+}
+
+/// Decodes image tokens, which [`check_layout`](ImageTokens::check_layout) has accepted for this engine: the same
+/// pictures as of the request that made them, on the same device and in the same element type.
+pub fn decode_tokens(engine: &Engine, tokens: &ImageTokens) -> Result<Vec<RgbImage>> {
+    let model = &engine.model;
+    let (dtype, device) = (model.dtype, &engine.device);
+    let values = [tokens.images, tokens.grid.0, tokens.grid.1, model.config.token_dim()];
+    let count = values.into_iter().try_fold(1usize, usize::checked_mul);
+    if !tokens.layout.agrees(&engine.token_layout()) || count != Some(tokens.values.len()) || count == Some(0)
+    {
+        let reason =
+            format!("{} image tokens values of another layout, {:?}", tokens.values.len(), tokens.layout);
+        return Err(Error::Internal(reason));
+    }
+    let arena = device.alloc(model.vae.plan(tokens.images, tokens.grid, dtype)?, "vae")?;
+    let (bytes, _) = encode(dtype, tokens.values.clone());
+    let source = device.alloc(bytes.len(), "tokens")?;
+    let mut stream = device.stream()?;
+    stream.upload(source.ptr(), &bytes)?;
+    let launch = Launch {
+        selection: &engine.options.kernels,
+        dtype,
+        sm_count: device.info().sm_count,
+        dependent: true,
+    };
+    let mut list = NodeList::new();
+    let decoded =
+        model.vae.record(&launch, &mut list, source.span(), tokens.images, tokens.grid, arena.span())?;
+    pictures(stream.as_mut(), list, &decoded)
+}
+
+/// Runs a decoder's nodes and brings its pictures to the host.
+fn pictures(stream: &mut dyn Stream, list: NodeList, decoded: &Decoded) -> Result<Vec<RgbImage>> {
     let executable = stream.instantiate(Arc::new(list))?;
     stream.replay(executable.as_ref())?;
-    let mut rgb = vec![0; decoded.rgb.bytes];
-    stream.download(decoded.rgb.ptr, &mut rgb)?;
-    Ok(Reconstruction { image: RgbImage::new(image.width(), image.height(), rgb)?, channels })
+    decoded.download(stream)
 }
 
 /// Statistics of tokens `[T, channels * area]`, whose vectors hold one channel after another.

@@ -50,6 +50,9 @@ pub struct GenerateRequest {
     /// is no part of what a picture remembers.
     #[serde(skip)]
     pub preview_every_rows: Option<NonZeroU32>,
+    /// Hand back the image tokens beside the pictures. It changes no picture either.
+    #[serde(skip)]
+    pub keep_tokens: bool,
     /// How every image token is sampled.
     #[serde(flatten)]
     pub sampler: SamplerConfig,
@@ -89,6 +92,9 @@ pub struct Limits {
     pub down_factor: u32,
     /// Most image tokens of one picture.
     pub max_image_tokens: usize,
+    /// Rows of the table of image positions (`gen_pos_embed`), where the model uses one: a picture with more tokens
+    /// has no position for the rest.
+    pub position_table_rows: Option<usize>,
     /// Most pictures per request.
     pub max_images: u32,
     /// Longest prompt, negative prompt or positive prompt.
@@ -96,12 +102,12 @@ pub struct Limits {
 }
 
 impl Limits {
-    /// The limits of a model. `position_table_rows`: size of its table of image positions, if it uses one; a picture
-    /// with more tokens has no position for the rest.
+    /// The limits of a model. `position_table_rows`: size of its table of image positions, if it uses one.
     pub fn new(down_factor: u32, position_table_rows: Option<usize>) -> Limits {
         Limits {
             down_factor,
-            max_image_tokens: position_table_rows.unwrap_or(16_384),
+            max_image_tokens: 16_384,
+            position_table_rows,
             max_images: 64,
             max_prompt_bytes: 32 << 10,
         }
@@ -194,12 +200,19 @@ impl GenerateRequest {
     pub fn grid(&self, limits: &Limits) -> Result<Grid> {
         let grid = Grid::from_pixels(self.width, self.height, limits.down_factor)?;
         // Sides are at most 2^32 - 1, so the product fits in 64 bits.
-        if u64::from(grid.height) * u64::from(grid.width) > limits.max_image_tokens as u64 {
-            let reason = format!(
-                "{}x{} pixels are {} x {} image tokens, more than the {} this model makes",
-                self.width, self.height, grid.width, grid.height, limits.max_image_tokens
-            );
-            return Err(Error::request("size", reason));
+        let tokens = u64::from(grid.height) * u64::from(grid.width);
+        let refuse = |reason: String| {
+            let (columns, rows) = (grid.width, grid.height);
+            let size = format!("{}x{} pixels are {columns} x {rows} image tokens", self.width, self.height);
+            Err(Error::request("size", format!("{size}, {reason}")))
+        };
+        if tokens > limits.max_image_tokens as u64 {
+            return refuse(format!("more than the {} this model makes", limits.max_image_tokens));
+        }
+        if let Some(rows) = limits.position_table_rows.filter(|&rows| tokens > rows as u64) {
+            return refuse(format!(
+                "but the model's table of image positions (gen_pos_embed) has {rows} rows"
+            ));
         }
         Ok(grid)
     }
@@ -294,7 +307,7 @@ pub(crate) fn source_grids(images: &[RgbImage], limits: &Limits) -> Result<Vec<G
         };
         let factor = limits.down_factor;
         let grid = Grid::from_pixels(width, height, factor)
-            .map_err(|_| refuse(format!("both sides must divide by {factor}")))?;
+            .map_err(|_| refuse(format!("both sides must divide by {factor}: choose a resize mode")))?;
         match grid.tokens() > MAX_SOURCE_TOKENS {
             true => Err(refuse(format!("that is more than {MAX_SOURCE_TOKENS} image tokens"))),
             false => Ok(grid),

@@ -12,7 +12,9 @@ use crate::image::RgbImage;
 use crate::model::arena::Stage;
 use crate::model::run::Run;
 use crate::model::vae::Decoded;
+use crate::ops::harness::decode;
 use crate::request::GenerateRequest;
+use crate::tokens::ImageTokens;
 use std::any::Any;
 use std::collections::VecDeque;
 use std::panic::{AssertUnwindSafe, catch_unwind};
@@ -36,6 +38,8 @@ pub struct Images {
     pub plan: Plan,
     /// Where the time went.
     pub timings: Timings,
+    /// The pictures' tokens, if the request asked for them; without notes.
+    pub tokens: Option<ImageTokens>,
 }
 
 /// Sends events and turns a caller's wish to stop into an error.
@@ -142,6 +146,10 @@ impl Session {
         run.end_stage(Stage::Decode)?;
         timings.decode_ms = milliseconds(mark.elapsed());
 
+        let tokens = match request.keep_tokens {
+            true => Some(self.tokens(&mut run)?),
+            false => None,
+        };
         let mark = Instant::now();
         listener.check()?;
         let images = lists.pictures(&mut run)?;
@@ -152,7 +160,25 @@ impl Session {
         }
         timings.total_ms = milliseconds(start.elapsed());
         listener.send(&Event::Finished { timings })?;
-        Ok(Images { images, plan, timings })
+        Ok(Images { images, plan, timings, tokens })
+    }
+
+    /// The finished tokens, brought to the host.
+    fn tokens(&self, run: &mut Run) -> Result<ImageTokens> {
+        let span = run.buffers().tokens;
+        let mut bytes = vec![0; span.bytes];
+        run.stream().download(span.ptr, &mut bytes)?;
+        let spec = run.spec();
+        Ok(ImageTokens {
+            model: self.engine.name().to_owned(),
+            dtype: run.dtype(),
+            images: spec.images,
+            grid: spec.grid,
+            layout: self.engine.token_layout(),
+            use_norm: spec.use_norm,
+            values: decode(run.dtype(), &bytes),
+            notes: Vec::new(),
+        })
     }
 }
 
@@ -198,12 +224,7 @@ impl Lists {
 /// Replays a decoder list and brings its pictures to the host.
 fn pictures(run: &mut Run, list: &dyn Executable, decoded: &Decoded) -> Result<Vec<RgbImage>> {
     run.stream().replay(list)?;
-    let mut rgb = vec![0; decoded.rgb.bytes];
-    run.stream().download(decoded.rgb.ptr, &mut rgb)?;
-    let (width, height) = (decoded.width, decoded.height);
-    rgb.chunks_exact((width * height * 3).max(1))
-        .map(|pixels| RgbImage::new(width as u32, height as u32, pixels.to_vec()))
-        .collect()
+    decoded.download(run.stream())
 }
 
 /// The first `rows` rows of every image, decoded as pictures of their own.

@@ -5,7 +5,7 @@ use std::path::Path;
 use std::sync::Arc;
 use warpstep::device::Device;
 use warpstep::device::emulated::{EmulatedDevice, EmulatedOptions};
-use warpstep::ops::{DType, Selection};
+use warpstep::ops::DType;
 use warpstep::verify::{CaseFile, Models, VerifyOptions, free_run};
 
 /// The recorded tensor, real prompt rows only, images channels last: as `free_run` returns it.
@@ -43,7 +43,7 @@ fn mean_error(a: &[f32], b: &[f32]) -> f64 {
 fn bf16_errs_at_most_twice_as_much_as_the_official_bf16_run() {
     let cases = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/golden/cases");
     let device: Arc<dyn Device> = Arc::new(EmulatedDevice::new(EmulatedOptions::default()).unwrap());
-    let options = VerifyOptions { model_root: None, precision: None, selection: Selection::default() };
+    let options = VerifyOptions::default();
     let twin = CaseFile::open(&cases.join("t2i_aug_cfg_f32_twin.safetensors")).unwrap();
     let official = CaseFile::open(&cases.join("t2i_aug_cfg_bf16_f32rope.safetensors")).unwrap();
     let path = cases.join("t2i_aug_cfg_bf16_f32rope.safetensors");

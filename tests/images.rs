@@ -1,5 +1,12 @@
 //! Pictures that users hand over: every kind that is read, and one named test per kind that is refused.
 
+#[path = "images/bombs.rs"]
+mod bombs;
+#[path = "images/goldens.rs"]
+mod goldens;
+#[path = "images/kinds.rs"]
+mod kinds;
+
 use image::codecs::{jpeg::JpegEncoder, png::PngEncoder, webp::WebPEncoder};
 use image::metadata::Orientation;
 use image::{ExtendedColorType, ImageEncoder};

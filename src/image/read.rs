@@ -8,8 +8,9 @@ use std::fs::File;
 use std::io::{Cursor, Read};
 use std::path::Path;
 
-/// Most memory that a decoder may take beside the pixels: profiles, EXIF, rows.
-const DECODER_BYTES: u64 = 64 << 20;
+/// Most memory that a decoder may take beside the pixels: profiles, EXIF, rows. A profile that inflates beyond it is
+/// passed over, and the time until then has to be short.
+const DECODER_BYTES: u64 = 4 << 20;
 
 /// What a file may ask for; checked before its pixels are unpacked.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]

@@ -19,8 +19,9 @@ pub use pass::Tap;
 
 use super::config::VaeConfig;
 use super::upload::Uploader;
-use crate::device::{NodeList, Span};
+use crate::device::{NodeList, Span, Stream};
 use crate::error::{Error, Result};
+use crate::image::RgbImage;
 use crate::ops::{self, DType, Launch};
 use crate::reference::unpatchify::Shape as LatentShape;
 use crate::weights::{Part, VaeWeights};
@@ -53,6 +54,17 @@ pub struct Decoded {
     pub width: usize,
     /// Intermediate tensors that can be read after their node, before the next one runs.
     pub taps: Vec<Tap>,
+}
+
+impl Decoded {
+    /// The pictures, brought to the host after everything enqueued so far.
+    pub fn download(&self, stream: &mut dyn Stream) -> Result<Vec<RgbImage>> {
+        let mut rgb = vec![0; self.rgb.bytes];
+        stream.download(self.rgb.ptr, &mut rgb)?;
+        rgb.chunks_exact((self.width * self.height * VaeConfig::IMAGE_CHANNELS).max(1))
+            .map(|pixels| RgbImage::new(self.width as u32, self.height as u32, pixels.to_vec()))
+            .collect()
+    }
 }
 
 /// The arena: latent, pictures, pixels, then the scratch of a pass.

@@ -210,6 +210,7 @@ impl RequestFields {
             seed: self.seed.unwrap_or_else(random_seed),
             images: Vec::new(),
             preview_every_rows: None,
+            keep_tokens: false,
             sampler: SamplerConfig {
                 sampler,
                 steps: self.steps.unwrap_or(base.steps),

@@ -2,8 +2,13 @@ use super::*;
 use proptest::prelude::*;
 
 /// The limits of a released model with a table of 32 x 32 positions.
-const LIMITS: Limits =
-    Limits { down_factor: 16, max_image_tokens: 1024, max_images: 64, max_prompt_bytes: 32 << 10 };
+const LIMITS: Limits = Limits {
+    down_factor: 16,
+    max_image_tokens: 16_384,
+    position_table_rows: Some(1024),
+    max_images: 64,
+    max_prompt_bytes: 32 << 10,
+};
 
 fn demo() -> GenerateRequest {
     resolve(r#"{"prompt": "a red circle", "seed": 1}"#, ModelKind::Demo)
@@ -114,6 +119,11 @@ fn sizes_of_more_tokens_than_positions_are_refused() {
     for (width, height) in [(528, 512), (16, 16 * 1025), (65_536, 65_536), (46_352, 46_352), (huge, huge)] {
         assert_eq!(field(&with(|r| (r.width, r.height) = (width, height))), "size", "{width}x{height}");
     }
+    let (_, reason) = refused(with(|r| (r.width, r.height) = (528, 512)).validate(&LIMITS));
+    assert!(
+        reason.contains("33 x 32") && reason.contains("gen_pos_embed") && reason.contains("1024"),
+        "{reason}"
+    );
     let without_table = Limits::new(16, None);
     with(|r| (r.width, r.height) = (1024, 2048)).validate(&without_table).unwrap();
     let (field, _) = refused(with(|r| (r.width, r.height) = (65_536, 65_536)).validate(&without_table));
@@ -387,7 +397,7 @@ proptest! {
         let some = |text: String| Some(text).filter(|text| !text.is_empty());
         let request = GenerateRequest {
             prompt, negative_prompt: some(negative), positive_prompt: some(positive),
-            width, height, n, first_image, seed, images: Vec::new(), preview_every_rows: None,
+            width, height, n, first_image, seed, images: Vec::new(), preview_every_rows: None, keep_tokens: false,
             sampler: SamplerConfig {
                 sampler: Sampler::ALL[sampler], steps: width, guidance_scale: scales[0],
                 image_guidance_scale: scales[1], guidance_schedule: GuidanceSchedule::ALL[schedule],

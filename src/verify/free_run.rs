@@ -6,6 +6,7 @@ use super::pipeline::{Recording, read};
 use super::{CaseFile, Context, Models, VerifyOptions};
 use crate::device::{Device, NodeList};
 use crate::error::{Error, Result};
+use crate::image::RgbImage;
 use crate::model::backbone::rope_frequencies;
 use crate::model::run::Run;
 use crate::ops::DType;
@@ -16,7 +17,7 @@ use std::sync::Arc;
 /// What a free run leaves behind, by the names of the fixtures' README.
 pub type Tensors = BTreeMap<&'static str, Vec<f32>>;
 
-/// Runs a `pipeline` case in `dtype` with its recorded draws. Returns `prefill.norm` (real rows
+/// Runs a `pipeline` or `picture` case in `dtype` with its recorded draws. Returns `prefill.norm` (real rows
 /// only), `decode.norm`, `cond`, `tokens` and `image` (channels last).
 pub fn free_run(
     path: &Path,
@@ -39,10 +40,10 @@ pub(super) struct FreeRun {
     pub(super) tensors: Tensors,
     /// Rotation frequencies that were used: the engine's own.
     pub(super) frequencies: Vec<f32>,
-    /// `[B, height, width, 3]`.
-    pub(super) rgb: Vec<u8>,
-    /// The kernel that wrote it.
-    pub(super) kernel: &'static str,
+    /// The pictures, B of them.
+    pub(super) pictures: Vec<RgbImage>,
+    /// The kernels that wrote the tokens and the pictures.
+    pub(super) kernels: [&'static str; 2],
 }
 
 /// Runs the case of `context` freely.
@@ -97,7 +98,7 @@ pub(super) fn drive(context: &Context<'_>, models: &mut Models, dtype: DType) ->
     let (list, decoded) = run.record_image()?;
     run.run_once(&list, |_, _| Ok(()))?;
     tensors.insert("image", read(run.stream(), decoded.image, dtype)?);
-    let mut rgb = vec![0; decoded.rgb.bytes];
-    run.stream().download(decoded.rgb.ptr, &mut rgb)?;
-    Ok(FreeRun { tensors, frequencies, rgb, kernel: list.writer(decoded.rgb) })
+    let pictures = decoded.download(run.stream())?;
+    let kernels = [rest.writer(buffers.tokens), list.writer(decoded.rgb)];
+    Ok(FreeRun { tensors, frequencies, pictures, kernels })
 }

@@ -3,7 +3,8 @@
 //! Every stage is given its recorded input and draws (teacher forcing) in the case's own dtype and conditions;
 //! every recorded output that the stage produces is compared. A committed list per kind names the tensors that
 //! must be compared: one that is missing is a failure, so that nothing passes by not being looked at. Cases of kind
-//! `picture` are the exception: they run freely, and what they compare is the picture.
+//! `picture` are the exception: they run freely, and what they compare is the picture, and the tokens and the picture
+//! before rounding where these are recorded.
 
 mod case;
 mod center_crop;
@@ -31,6 +32,7 @@ use std::sync::Arc;
 const NOT_CASES: [&str; 2] = ["index.json", "bf16_twin.json"];
 
 /// What to run and on what.
+#[derive(Clone, Debug, Default)]
 pub struct VerifyOptions {
     /// Where the model folders that cases name are looked for; default: the parent of the case's folder.
     pub model_root: Option<PathBuf>,
@@ -38,6 +40,8 @@ pub struct VerifyOptions {
     pub precision: Option<DType>,
     /// Variants chosen by name.
     pub selection: Selection,
+    /// Folder that gets what cases of kind `picture` draw: CASE.png, or CASE-0.png and so on.
+    pub pictures: Option<PathBuf>,
 }
 
 /// One compared tensor.

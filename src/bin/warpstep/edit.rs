@@ -1,11 +1,13 @@
 //! `warpstep edit`: pictures and an instruction in, PNGs out.
 
 use crate::generate::{EditInput, Options};
-use crate::picture::read_picture;
-use anyhow::Result;
+use crate::picture::{PictureArgs, read_picture};
+use anyhow::{Context, Result};
 use clap::Args;
-use std::path::PathBuf;
+use std::ffi::OsString;
+use std::path::Path;
 use std::process::ExitCode;
+use warpstep::Error;
 
 /// Change pictures as a text says.
 ///
@@ -14,19 +16,25 @@ use std::process::ExitCode;
 ///
 ///   warpstep edit circle.png "make the circle black" --cfg 3 --cfg-img 1.5 -o black.png
 ///
-///   warpstep edit photo.png "remove the car" --model NextStep-1-Large-Edit --preset edit
+///   warpstep edit photo.jpg "remove the car" --resize bucket:512 --model NextStep-1-Large-Edit --preset edit
+///
+///   warpstep edit circle.png --prompts instructions.txt -o out.png        # out-0.png, out-1.png, ...
 #[derive(Args)]
+#[command(
+    override_usage = "warpstep edit [OPTIONS] <IMAGE>... <PROMPT>\n       warpstep edit [OPTIONS] <IMAGE>... --prompts <FILE>"
+)]
 pub struct Edit {
-    /// Pictures: PNG, JPEG or WebP files whose sides divide by the model's token size (16).
+    /// Pictures (PNG, JPEG or WebP files whose sides divide by the model's token size, 16, unless --resize is given),
+    /// then the instruction.
     #[arg(value_name = "IMAGE", required = true)]
-    images: Vec<PathBuf>,
-
-    /// The instruction.
-    prompt: String,
+    arguments: Vec<OsString>,
 
     /// Guidance towards the pictures: 1 is none.
     #[arg(long, alias = "image-guidance-scale", value_name = "F")]
     cfg_img: Option<f64>,
+
+    #[command(flatten)]
+    pictures: PictureArgs,
 
     #[command(flatten)]
     options: Options,
@@ -34,8 +42,22 @@ pub struct Edit {
 
 impl Edit {
     /// Runs the verb.
-    pub fn run(self) -> Result<ExitCode> {
-        let images = self.images.iter().map(|path| read_picture(path)).collect::<Result<_>>()?;
-        self.options.run(&self.prompt, Some(EditInput { images, cfg_img: self.cfg_img }))
+    pub fn run(mut self) -> Result<ExitCode> {
+        let prompt = match self.options.has_prompts() {
+            true => None,
+            false => self.arguments.pop(),
+        };
+        if self.arguments.is_empty() {
+            let reason = "is missing: give pictures and then an instruction, or --prompts FILE";
+            return Err(Error::request("prompt", reason).into());
+        }
+        let prompt = prompt.map(|text| text.into_string());
+        let prompt = prompt.transpose().map_err(|_| Error::request("prompt", "is not UTF-8"))?;
+        let read = |path: &OsString| {
+            let path = Path::new(path);
+            read_picture(path, self.pictures.resize).with_context(|| format!("picture {}", path.display()))
+        };
+        let images = self.arguments.iter().map(read).collect::<Result<_>>()?;
+        self.options.run(prompt, Some(EditInput { images, cfg_img: self.cfg_img }))
     }
 }

@@ -1,22 +1,30 @@
 //! `warpstep generate`: a caption in, PNGs out; and what `warpstep edit` shares with it.
 
 use crate::args::{DeviceArgs, Precision, parse_size};
+use crate::outputs::{check_output, numbered, with_number};
+use crate::prompts::{Prompt, read_prompts};
 use crate::think::{ThinkArgs, Thought};
-use anyhow::{Context, Result, bail};
+use anyhow::Result;
 use clap::Args;
 use indicatif::{ProgressBar, ProgressDrawTarget, ProgressStyle};
 use std::num::NonZeroU32;
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 use std::sync::Arc;
+use warpstep::Error;
 use warpstep::device::emulated::build_kind;
-use warpstep::engine::{Engine, EngineOptions, ModelSource};
+use warpstep::engine::{Engine, EngineOptions, ModelSource, Plan};
 use warpstep::event::{CancelToken, Control, Event};
 use warpstep::image::{Metadata, RgbImage, write_png};
+use warpstep::ops::DType;
+use warpstep::reconstruct::decode_tokens;
 use warpstep::request::{GenerateRequest, Preset, RequestFields};
+use warpstep::rng::random_seed;
 use warpstep::sampler::{GuidanceSchedule, Sampler};
+use warpstep::session::Session;
+use warpstep::tokens::ImageTokens;
 
-/// Make pictures from a caption.
+/// Make pictures from a caption, or from every line of a file.
 ///
 /// Settings that are not given come from the model's own defaults (or --preset); what was used is printed and
 /// stored in the PNG, where `warpstep inspect` finds it.
@@ -24,10 +32,20 @@ use warpstep::sampler::{GuidanceSchedule, Sampler};
 ///   warpstep generate "a small blue star on a yellow background" --seed 7 -n 4 -o stars.png
 ///
 ///   warpstep generate "a red panda" --model NextStep-1.1 --size 512x512 --steps 28 --cfg 7.5
+///
+///   warpstep generate --prompts captions.txt -o out.png        # out-0.png, out-1.png, ...
 #[derive(Args)]
 pub struct Generate {
     /// The caption.
-    prompt: String,
+    #[arg(required_unless_present_any = ["prompts", "from_tokens"], conflicts_with = "prompts")]
+    prompt: Option<String>,
+
+    /// Decode the image tokens of a file that --save-tokens wrote: the same pictures again, without the transformer.
+    #[arg(long, value_name = "FILE", conflicts_with_all = [
+        "prompt", "prompts", "size", "negative", "positive", "cfg", "cfg_schedule", "steps", "sampler", "shift",
+        "noise_level", "use_norm", "rescale", "seed", "n", "first_image", "preset", "preview", "save_tokens", "plan",
+    ])]
+    from_tokens: Option<PathBuf>,
 
     #[command(flatten)]
     options: Options,
@@ -36,6 +54,12 @@ pub struct Generate {
 /// Everything but prompt and pictures.
 #[derive(Args)]
 pub struct Options {
+    /// Take prompts from a file, one a line, all with the same settings and seed, instead of one from the command line.
+    /// Empty lines and lines that start with # are passed over. A number is added to the names of what is written,
+    /// from 0: out-0.png; with -n above 1 another for the image, out-0-0.png.
+    #[arg(long, value_name = "FILE")]
+    prompts: Option<PathBuf>,
+
     /// Checkpoint folder in the official layout [default: the demo model inside this program].
     #[arg(long, value_name = "DIR")]
     model: Option<PathBuf>,
@@ -108,10 +132,18 @@ pub struct Options {
     #[arg(long, value_enum, default_value = "bf16")]
     precision: Precision,
 
-    /// Write the picture so far after every so many rows of image tokens, to FILE-preview.png. Each costs a VAE
-    /// decode of those rows, and differs a little from what they will be in the whole picture.
-    #[arg(long, value_name = "ROWS")]
-    preview: Option<NonZeroU32>,
+    /// Rewrite this PNG with the picture so far after each row of image tokens. Each costs a VAE decode of those rows,
+    /// and differs a little from what they will be in the whole picture, which it does not change.
+    #[arg(long, value_name = "FILE")]
+    preview: Option<PathBuf>,
+
+    /// Rows of image tokens between two previews.
+    #[arg(long, value_name = "N", default_value = "1", requires = "preview")]
+    preview_rows: NonZeroU32,
+
+    /// Also store the image tokens, as safetensors, for `generate --from-tokens`.
+    #[arg(long, value_name = "FILE")]
+    save_tokens: Option<PathBuf>,
 
     /// Read copies of the weight files instead of mapping them.
     #[arg(long)]
@@ -160,17 +192,77 @@ pub struct EditInput {
 impl Generate {
     /// Runs the verb.
     pub fn run(self) -> Result<ExitCode> {
-        self.options.run(&self.prompt, None)
+        match &self.from_tokens {
+            Some(path) => self.options.decode(path),
+            None => self.options.run(self.prompt, None),
+        }
     }
 }
 
+/// One prompt's request, and where its pictures go.
+struct Job {
+    prompt: Prompt,
+    request: GenerateRequest,
+    /// Number of the prompt in its file.
+    number: Option<usize>,
+    /// What the model wrote to the prompt before drawing.
+    thought: Option<Thought>,
+}
+
 impl Options {
-    /// Makes the pictures.
-    pub fn run(&self, prompt: &str, edit: Option<EditInput>) -> Result<ExitCode> {
+    /// Whether the prompts come from a file.
+    pub fn has_prompts(&self) -> bool {
+        self.prompts.is_some()
+    }
+
+    /// Makes the pictures of `prompt`, or of the file of prompts.
+    pub fn run(&self, prompt: Option<String>, edit: Option<EditInput>) -> Result<ExitCode> {
         if !self.plan {
-            check_output(&self.output)?;
+            self.check_outputs()?;
         }
         self.think.check()?;
+        let prompts = match (&self.prompts, prompt) {
+            (Some(path), _) => read_prompts(path)?,
+            (None, prompt) => vec![Prompt { text: prompt.unwrap_or_default(), place: None }],
+        };
+        let engine = self.engine()?;
+        let mut jobs = Vec::new();
+        // All prompts are checked before the first picture, and all get the seed that was drawn for the first.
+        let seed = self.seed.unwrap_or_else(random_seed);
+        let mut tokens = 0;
+        for (index, prompt) in prompts.into_iter().enumerate() {
+            let number = self.prompts.is_some().then_some(index);
+            let request = self.request(&engine, &prompt.text, edit.as_ref(), seed);
+            let request = prompt.about(request)?;
+            let mut job = Job { prompt, request, number, thought: None };
+            job.request.images = edit.as_ref().map(|edit| edit.images.clone()).unwrap_or_default();
+            let plan = job.prompt.about(engine.plan(&job.request).map_err(Into::into))?;
+            job.request.images.clear();
+            if self.plan {
+                self.print_plan(&engine, &job.request, &plan);
+                continue;
+            }
+            tokens += plan.image_tokens as u64;
+            jobs.push(job);
+        }
+        let progress = progress_bar(tokens);
+        let mut session = engine.session();
+        let count = jobs.len();
+        for mut job in jobs {
+            if let Some(number) = job.number {
+                progress.suspend(|| eprintln!("prompt {} of {count}: {}", number + 1, job.prompt.text));
+            }
+            job.request.images = edit.as_ref().map(|edit| edit.images.clone()).unwrap_or_default();
+            let thought = progress.suspend(|| self.think.apply(&engine, &mut job.request));
+            job.thought = job.prompt.about(thought)?;
+            let made = self.make(&engine, &mut session, &job, &progress);
+            job.prompt.about(made)?;
+        }
+        progress.finish_and_clear();
+        Ok(ExitCode::SUCCESS)
+    }
+
+    fn engine(&self) -> Result<Arc<Engine>> {
         let source = match &self.model {
             Some(dir) => ModelSource::Dir(dir.clone()),
             None => ModelSource::Demo,
@@ -183,88 +275,145 @@ impl Options {
             text: self.think.writes(),
             ..EngineOptions::default()
         };
-        let engine = Arc::new(match self.plan {
+        Ok(Arc::new(match self.plan {
             true => Engine::for_planning(&source, self.device.planned_sm_count()?, options)?,
             false => Engine::load(&source, self.device.open()?, options)?,
-        });
-        let mut request = self.request(&engine, prompt, edit.as_ref())?;
-        request.preview_every_rows = self.preview;
-        request.images = edit.map(|edit| edit.images).unwrap_or_default();
-        let thought = self.think.apply(&engine, &mut request)?;
-        let plan = engine.plan(&request)?;
-        let sizes = format!(
-            "{} image tokens x {}, {} branches, {:.1} MB of weights, {:.1} MB for this request",
-            plan.image_tokens,
-            plan.images,
-            plan.branches,
-            plan.weight_bytes as f64 / 1e6,
-            plan.request_bytes() as f64 / 1e6
-        );
-        if self.plan {
-            match self.json {
-                true => println!("{}", serde_json::json!({ "request": request, "plan": plan })),
-                false => println!("{}: {}\n{sizes}", engine.name(), request.describe()),
-            }
-            return Ok(ExitCode::SUCCESS);
+        }))
+    }
+
+    fn print_plan(&self, engine: &Engine, request: &GenerateRequest, plan: &Plan) {
+        match self.json {
+            true => println!("{}", serde_json::json!({ "request": request, "plan": plan })),
+            false => println!("{}: {}\n{}", engine.name(), request.describe(), sizes(plan)),
         }
-        eprintln!("{}: {}\n{sizes}", engine.name(), request.describe());
-        let progress = progress_bar(plan.image_tokens as u64);
-        let cancel = CancelToken::new();
+    }
+
+    /// Makes and writes the pictures of one prompt.
+    fn make(&self, engine: &Engine, session: &mut Session, job: &Job, progress: &ProgressBar) -> Result<()> {
+        let request = &job.request;
+        let plan = engine.plan(request)?;
+        progress.suspend(|| eprintln!("{}: {}\n{}", engine.name(), request.describe(), sizes(&plan)));
         let mut unwritten = None;
-        let result = engine.session().generate(&request, &cancel, &mut |event| {
-            match event {
-                Event::Token { done, .. } => progress.set_position(*done as u64),
-                Event::Preview { images, .. } => {
-                    if let Err(error) = self.write_previews(images) {
-                        unwritten = Some(error);
-                        return Control::Stop;
-                    }
+        let result = session.generate(request, &CancelToken::new(), &mut |event| {
+            let shown = match event {
+                Event::Token { .. } => {
+                    progress.inc(1);
+                    Ok(())
                 }
-                _ => {}
+                Event::Preview { rows, of, images } => self.write_previews(images, (*rows, *of)),
+                _ => Ok(()),
+            };
+            match shown {
+                Ok(()) => Control::Continue,
+                Err(error) => {
+                    unwritten = Some(error);
+                    Control::Stop
+                }
             }
-            Control::Continue
         });
-        progress.finish_and_clear();
         if let Some(error) = unwritten {
             return Err(error);
         }
         let result = result?;
-        let mut files = Vec::new();
-        for (index, image) in result.images.iter().enumerate() {
-            let path = numbered(&self.output, index, result.images.len());
-            let metadata = match self.no_metadata {
-                true => None,
-                false => Some(self.metadata(&engine, &request, thought.as_ref(), index as u32)),
-            };
-            write_png(&path, image, metadata.as_ref())?;
-            eprintln!("wrote {}", path.display());
+        // Whoever watches the preview sees the end as well.
+        let rows = request.height as usize / engine.limits().down_factor as usize;
+        self.write_previews(&result.images, (rows, rows))?;
+        let notes: Vec<Metadata> = match self.no_metadata {
+            true => Vec::new(),
+            false => (0..request.n).map(|index| self.metadata(engine, request, job.thought.as_ref(), index)).collect(),
+        };
+        let place = |path: &Path| job.number.map_or_else(|| path.to_path_buf(), |n| with_number(path, n));
+        let mut files = write_pictures(&place(&self.output), &result.images, &notes)?;
+        if let (Some(path), Some(tokens)) = (&self.save_tokens, result.tokens) {
+            let path = place(path);
+            ImageTokens { notes, ..tokens }.save(&path)?;
             files.push(path);
         }
         let t = result.timings;
-        eprintln!(
-            "encode {:.0} ms, prefill {:.0} ms, {} tokens in {:.0} ms ({:.1} tokens/s), VAE {:.0} ms, total {:.2} s",
-            t.vae_encode_ms,
-            t.prefill_ms,
-            plan.image_tokens,
-            t.decode_ms,
-            plan.image_tokens as f64 / (t.decode_ms / 1e3).max(1e-9),
-            t.vae_decode_ms,
-            t.total_ms / 1e3
-        );
+        progress.suspend(|| {
+            files.iter().for_each(|file| eprintln!("wrote {}", file.display()));
+            eprintln!(
+                "encode {:.0} ms, prefill {:.0} ms, {} tokens in {:.0} ms ({:.1} tokens/s), VAE {:.0} ms, total {:.2} s",
+                t.vae_encode_ms,
+                t.prefill_ms,
+                plan.image_tokens,
+                t.decode_ms,
+                plan.image_tokens as f64 / (t.decode_ms / 1e3).max(1e-9),
+                t.vae_decode_ms,
+                t.total_ms / 1e3
+            );
+        });
         if self.json {
             let value = serde_json::json!({
                 "files": files, "request": request, "plan": result.plan, "timings": t,
-                "device": engine.device_info().name, "thought": thought,
+                "device": engine.device_info().name, "thought": job.thought,
             });
             println!("{value}");
+        }
+        Ok(())
+    }
+
+    /// Makes the pictures of stored image tokens.
+    fn decode(&self, path: &Path) -> Result<ExitCode> {
+        self.check_outputs()?;
+        let tokens = ImageTokens::load(path)?;
+        let engine = self.engine()?;
+        tokens.check_layout(path, &engine.token_layout())?;
+        if tokens.model != engine.name() {
+            eprintln!("the tokens are of model {:?} and are decoded by {:?}", tokens.model, engine.name());
+        }
+        let precision = DType::from(self.precision);
+        if tokens.dtype != precision {
+            eprintln!(
+                "the tokens are in {} and are decoded in {}: the pictures differ a little from the first ones",
+                tokens.dtype.name(),
+                precision.name()
+            );
+        }
+        let images = decode_tokens(&engine, &tokens)?;
+        let notes = if self.no_metadata { &[][..] } else { &tokens.notes };
+        let files = write_pictures(&self.output, &images, notes)?;
+        files.iter().for_each(|file| eprintln!("wrote {}", file.display()));
+        if self.json {
+            let (rows, columns) = tokens.grid;
+            println!("{}", serde_json::json!({ "files": files, "rows": rows, "columns": columns }));
         }
         Ok(ExitCode::SUCCESS)
     }
 
+    /// Says before the work that something could not be written, or would be written over.
+    fn check_outputs(&self) -> Result<()> {
+        check_output(&self.output)?;
+        for (option, path) in [("preview", &self.preview), ("save-tokens", &self.save_tokens)] {
+            let Some(path) = path else { continue };
+            check_output(path)?;
+            if *path == self.output {
+                let reason = format!("{} is the name of the picture too", path.display());
+                return Err(Error::request(option, reason).into());
+            }
+        }
+        Ok(())
+    }
+
     /// What was given, over the preset's or the model's defaults.
-    fn request(&self, engine: &Engine, prompt: &str, edit: Option<&EditInput>) -> Result<GenerateRequest> {
+    fn request(
+        &self,
+        engine: &Engine,
+        prompt: &str,
+        edit: Option<&EditInput>,
+        seed: u64,
+    ) -> Result<GenerateRequest> {
         // An edited picture keeps the size of the first one.
         let first = edit.and_then(|edit| edit.images.first()).map(|image| (image.width(), image.height()));
+        let factor = engine.limits().down_factor;
+        if let Some((width, height)) =
+            first.filter(|(w, h)| !w.is_multiple_of(factor) || !h.is_multiple_of(factor))
+        {
+            let reason = format!(
+                "the first is {width}x{height} pixels; both sides must divide by {factor}: choose a resize mode (--resize)"
+            );
+            return Err(Error::request("images", reason).into());
+        }
         let size = self.size.or(first);
         let fields = RequestFields {
             prompt: Some(prompt.into()),
@@ -274,7 +423,7 @@ impl Options {
             height: size.map(|(_, height)| height),
             n: self.n,
             first_image: self.first_image,
-            seed: self.seed,
+            seed: Some(seed),
             sampler: self.sampler,
             steps: self.steps,
             guidance_scale: self.cfg,
@@ -286,17 +435,20 @@ impl Options {
             rescale: self.rescale,
         };
         let defaults = self.preset.map_or_else(|| *engine.defaults(), Preset::defaults);
-        Ok(fields.resolve(&defaults)?)
+        let mut request = fields.resolve(&defaults)?;
+        request.preview_every_rows = self.preview.as_ref().map(|_| self.preview_rows);
+        request.keep_tokens = self.save_tokens.is_some();
+        Ok(request)
     }
 
-    /// Pictures that are not finished; they carry no parameters.
-    fn write_previews(&self, images: &[RgbImage]) -> Result<()> {
-        let stem = self.output.file_stem().unwrap_or_default().to_string_lossy();
-        let path = self.output.with_file_name(format!("{stem}-preview.png"));
-        for (index, image) in images.iter().enumerate() {
-            write_png(&numbered(&path, index, images.len()), image, None)?;
-        }
-        Ok(())
+    /// Pictures that show `rows` of `of` rows of tokens, if they are wanted. They carry that and no parameters.
+    fn write_previews(&self, images: &[RgbImage], (rows, of): (usize, usize)) -> Result<()> {
+        let Some(path) = &self.preview else { return Ok(()) };
+        let label = Metadata {
+            parameters: format!("Preview: {rows} of {of} rows of image tokens"),
+            json: serde_json::json!({ "preview": { "rows": rows, "of": of } }).to_string(),
+        };
+        write_pictures(path, images, &vec![label; images.len()]).map(drop)
     }
 
     /// What the PNG remembers: enough to make this image again by itself.
@@ -324,27 +476,25 @@ impl Options {
     }
 }
 
-/// Says before the work, not after it, that the picture could not be written.
-pub fn check_output(path: &Path) -> Result<()> {
-    if path.is_dir() {
-        bail!("{} is a folder; -o takes the name of a PNG file", path.display());
-    }
-    let parent = path.parent().filter(|p| !p.as_os_str().is_empty()).unwrap_or(Path::new("."));
-    let info = std::fs::metadata(parent).with_context(|| format!("folder {}", parent.display()))?;
-    if !info.is_dir() {
-        bail!("{} is not a folder", parent.display());
-    }
-    Ok(())
+/// Writes pictures, numbered where there are several, with what each remembers; returns their names.
+fn write_pictures(path: &Path, images: &[RgbImage], notes: &[Metadata]) -> Result<Vec<PathBuf>> {
+    let write = |(index, image): (usize, &RgbImage)| {
+        let path = numbered(path, index, images.len());
+        write_png(&path, image, notes.get(index))?;
+        Ok(path)
+    };
+    images.iter().enumerate().map(write).collect()
 }
 
-/// `out.png` for one image, `out-3.png` for the fourth of several.
-pub fn numbered(path: &Path, index: usize, count: usize) -> PathBuf {
-    if count <= 1 {
-        return path.to_path_buf();
-    }
-    let stem = path.file_stem().unwrap_or_default().to_string_lossy();
-    let extension = path.extension().map_or_else(|| "png".into(), |e| e.to_string_lossy());
-    path.with_file_name(format!("{stem}-{index}.{extension}"))
+fn sizes(plan: &Plan) -> String {
+    format!(
+        "{} image tokens x {}, {} branches, {:.1} MB of weights, {:.1} MB for this request",
+        plan.image_tokens,
+        plan.images,
+        plan.branches,
+        plan.weight_bytes as f64 / 1e6,
+        plan.request_bytes() as f64 / 1e6
+    )
 }
 
 fn progress_bar(tokens: u64) -> ProgressBar {

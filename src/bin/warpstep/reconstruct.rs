@@ -1,8 +1,8 @@
 //! `warpstep reconstruct`: pictures through the VAE and back, and what is lost on the way.
 
 use crate::args::{DeviceArgs, Precision};
-use crate::generate::{check_output, numbered};
-use crate::picture::read_picture;
+use crate::outputs::{check_output, numbered};
+use crate::picture::{PictureArgs, expand_folders, read_picture};
 use anyhow::{Context, Result};
 use clap::Args;
 use std::path::PathBuf;
@@ -15,14 +15,16 @@ use warpstep::reconstruct::{ChannelStats, LatentNoise, reconstruct};
 
 /// Encode and decode pictures; print PSNR and SSIM (11x11 Gaussian window), and the latents' statistics.
 ///
-/// The encoder's mean is decoded, with noise added if asked for. Several pictures give a table with means.
+/// The encoder's mean is decoded, with noise added if asked for. Several pictures, or a folder of them, give a table
+/// with means.
 ///
 ///   warpstep reconstruct photo.png -o decoded.png
 ///
-///   warpstep reconstruct photos/*.png --noise 0.2 -o noisy.png
+///   warpstep reconstruct photos --resize bucket:512 --noise 0.2 -o noisy.png
 #[derive(Args)]
 pub struct Reconstruct {
-    /// Pictures: PNG, JPEG or WebP files whose sides divide by the model's token size (16).
+    /// Pictures, or folders of them: PNG, JPEG or WebP files whose sides divide by the model's token size (16) unless
+    /// --resize is given.
     #[arg(value_name = "IMAGE", required = true)]
     images: Vec<PathBuf>,
 
@@ -55,6 +57,9 @@ pub struct Reconstruct {
     output: PathBuf,
 
     #[command(flatten)]
+    pictures: PictureArgs,
+
+    #[command(flatten)]
     device: DeviceArgs,
 }
 
@@ -84,12 +89,13 @@ impl Reconstruct {
         };
         let engine = Arc::new(Engine::load(&source, self.device.open()?, options)?);
         let noise = LatentNoise { sigma: self.noise, seed: self.seed };
+        let images = expand_folders(&self.images)?;
         let mut rows = Vec::new();
-        for (index, path) in self.images.iter().enumerate() {
-            let image = read_picture(path)?;
+        for (index, path) in images.iter().enumerate() {
             let about = || format!("picture {}", path.display());
+            let image = read_picture(path, self.pictures.resize).with_context(about)?;
             let made = reconstruct(&engine, &image, noise).with_context(about)?;
-            let file = numbered(&self.output, index, self.images.len());
+            let file = numbered(&self.output, index, images.len());
             write_png(&file, &made.image, None)?;
             eprintln!("wrote {}", file.display());
             rows.push(Row {

@@ -12,7 +12,7 @@ use warpstep::verify::{Models, Outcome, VerifyOptions, run_case};
 ///
 /// Every stage is fed its recorded input and draws, and every recorded output is compared.
 /// Cases of kind `picture` run freely from their prompt and draws, in f32: at most 0.5 % of the picture's values may
-/// be more than one level off. Prints one line per tensor: case, tensor, shape, variants, largest and mean error,
+/// be more than one level off (and the tokens, where recorded, what moved draws moved them by). Prints one line per tensor: case, tensor, shape, variants, largest and mean error,
 /// allowed error, ok or FAIL; then "N passed, N failed, N skipped", counting cases.
 #[derive(Args)]
 pub struct Verify {
@@ -31,6 +31,10 @@ pub struct Verify {
     /// Count a skipped case as a failure.
     #[arg(long)]
     strict: bool,
+
+    /// Also write what cases of kind `picture` draw into this folder, as CASE.png; in bf16 they are drawn, not compared.
+    #[arg(long, value_name = "DIR")]
+    pictures: Option<PathBuf>,
 
     /// Print JSON lines instead of a table.
     #[arg(long)]
@@ -51,6 +55,7 @@ impl Verify {
                 _ => None,
             },
             selection: self.device.selection()?,
+            pictures: self.pictures,
         };
         let device = self.device.open()?;
         let mut models = Models::default();
