@@ -31,13 +31,14 @@ static constexpr uint32_t kCutBytes = kWarps * 2 * 512;
 struct Steps {
   uint32_t first, end;
 };
+/* Products of a number of steps and of parts fit 32 bits (ops/product.rs): these divisions stand before the first load. */
 DEV Steps share_of(Steps all, uint32_t part, uint32_t parts) {
-  const uint64_t n = all.end - all.first;
-  return {all.first + uint32_t(n * part / parts), all.first + uint32_t(n * (part + 1) / parts)};
+  const uint32_t n = all.end - all.first;
+  return {all.first + n * part / parts, all.first + n * (part + 1) / parts};
 }
 /* The part whose share has `step`. */
 DEV uint32_t part_of(Steps all, uint32_t step, uint32_t parts) {
-  return uint32_t((uint64_t(step - all.first + 1) * parts - 1) / (all.end - all.first));
+  return ((step - all.first + 1) * parts - 1) / (all.end - all.first);
 }
 
 /* Elements from one staged row to the next: K bf16 and, where it takes one, a gap of 64 bytes, so that the 16-byte

@@ -191,6 +191,8 @@ impl Product {
             bytes += stages * RING_STAGE_BYTES;
         }
         let blocks = (launch.sm_count.max(1) as usize).min(steps);
+        // The kernels divide the stream into shares in 32 bits.
+        self.checks.product("steps times blocks", &[steps, blocks + 1])?;
         let groups = rows.div_ceil(shared::ROW_GROUP);
         self.geometry = Geometry::linear(blocks as u32, THREADS).with_shared(bytes as u32);
         self.geometry.grid[1] = div_ceil(rows, shared::ROW_GROUP);
