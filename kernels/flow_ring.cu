@@ -118,8 +118,8 @@ DEV void produce(const FlowChainParams& p, const Memory& sh) {
           } else {
             mbar_wait(&sh.empty[at.stage], at.parity ^ 1);
           }
+          /* Bytes may land before they are expected: without this one arrival the phase cannot end. */
           if (lane_id() == 0) mbar_arrive_tx(&sh.full[slot], rows * n * 2);
-          warp_sync();
           if (lane_id() < rows)
             bulk_g2s_hint(sh.slots + slot * p.stage_bytes + lane_id() * row_bytes(n),
                           m.w + static_cast<size_t>(m.rows.first + tile + lane_id()) * m.inner + k, n * 2,
@@ -180,7 +180,7 @@ DEV void receive(const FlowChainParams& p, Exchange& x, uint32_t first, uint32_t
     for (uint32_t j = 0; j < kPolls; j++)
       if (base + j * kConsumers < n) take(base + j * kConsumers, static_cast<uint32_t>(word[j]));
   }
-  /* The lanes have looked for different times; what follows wants them together. */
+  /* The lanes have looked for different times, and a product reads what its own warp has received. */
   warp_sync();
 }
 /* The same for n values of every sequence, two to a word. */
@@ -393,7 +393,8 @@ DEV void consume(const FlowChainParams& p, const Memory& sh, Exchange& ex) {
         receive_pairs(p, ex, pass, p.mlp_width,
                       [&](uint32_t s, uint32_t i, bf16 value) { sh.staged[s * stride + i] = value; });
         next_exchange(p, ex);
-        consumers_sync();
+        /* No barrier: a warp's share of k is just what its lanes have received. */
+        static_assert(kSegment % kConsumers == 0 && kConsumers == kWarps * kStep);
         const Product down = product_at(p, 2 * j + 1);
         const bool keeps = n + 1 == p.steps && j + 1 == p.blocks;
         product(

@@ -82,6 +82,7 @@ const TABLE: &[Fast] = &[
     fast("linear_ring_bf16", 256, 102528, 2, Loads::Bulk, true),
     fast("linear_mma_bf16", 256, 98304, 1, Loads::Async, true),
     fast("flow_modulation_mma_bf16", 256, 175_616, 1, Loads::Wide, true),
+    fast("flow_ring_bf16", 288, 222_080, 1, Loads::Bulk, true),
     fast("conv2d_mma_bf16", 256, 63_616, 2, Loads::Async, true),
 ];
 
