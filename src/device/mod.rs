@@ -1,6 +1,7 @@
 //! What the executor asks of a device: memory, node lists, replay, events.
 //!
-//! Two devices implement this: `emulated` (the same `.cu` files on host fibers) and `cuda`. The executor
+//! Two devices implement this: `emulated` (the same `.cu` files on host fibers) and `cuda`; `planning` has addresses
+//! and no memory. The executor
 //! never captures streams: it records [`Node`]s with explicit dependencies, and a device turns the [`NodeList`]
 //! into whatever it can replay cheaply. Nothing in a node changes between replays: position, token index and
 //! lengths live in device memory.
@@ -11,6 +12,7 @@ pub mod cubins;
 pub mod cuda;
 pub mod emulated;
 mod node;
+pub(crate) mod nvtx;
 pub mod planning;
 
 pub use node::{Geometry, KernelId, MAX_PARAMS_BYTES, Node, NodeList, ParamBytes, Span};

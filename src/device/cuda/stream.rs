@@ -5,7 +5,7 @@ use super::shared::{Shared, lock};
 use super::sys::{
     EVENT_DISABLE_TIMING, EventHandle, LaunchConfig, NOT_READY, STREAM_NON_BLOCKING, StreamHandle,
 };
-use crate::device::{DevicePtr, Event, Executable, Node, NodeList, Span, Stream};
+use crate::device::{DevicePtr, Event, Executable, Node, NodeList, Span, Stream, nvtx};
 use crate::error::{Error, Result};
 use std::sync::Arc;
 
@@ -70,6 +70,7 @@ impl Stream for CudaStream {
 
     fn launch(&mut self, node: &Node) -> Result<()> {
         let shared = &self.shared;
+        let _range = nvtx::range(|| &node.label);
         let _entered = shared.enter()?;
         let function = lock(&shared.modules).function(shared, node)?;
         let geometry = &node.geometry;
