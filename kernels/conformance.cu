@@ -372,3 +372,10 @@ KERNEL(conformance_conversions, ConformanceParams, 64, 1) {
     out[2] = as_u32(bf_lo(bits));
   }
 }
+
+/* in [count_in] float bits; out [256 + count_in]: the number of every e4m3 code, then the code of every input. */
+KERNEL(conformance_e4m3, ConformanceParams, 64, 1) {
+  for (uint32_t code = thread_rank(); code < 256; code += 64)
+    results(p)[code] = as_u32(e4m3_to_f32(static_cast<uint8_t>(code)));
+  for (uint32_t i = thread_rank(); i < p.count_in; i += 64) results(p)[256 + i] = f32_to_e4m3(floats(p)[i]);
+}

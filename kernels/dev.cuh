@@ -308,6 +308,22 @@ DEV uint32_t pack_bf16(float lo, float hi) {
   asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(r) : "f"(hi), "f"(lo));
   return r;
 }
+// e4m3: sign, four bits of exponent, three of mantissa; 448 is the largest number, 0x7f and 0xff are NaN, there is no
+// infinity. Rounds to nearest even; what lies beyond +-448, infinity too, becomes +-448, every NaN 0x7f.
+DEV uint8_t f32_to_e4m3(float f) {
+  uint16_t r;
+  asm("cvt.rn.satfinite.e4m3x2.f32 %0, %1, %2;" : "=h"(r) : "f"(0.0f), "f"(f));
+  return static_cast<uint8_t>(r);
+}
+// Exact: every e4m3 number is a float16, through which the conversion goes.
+DEV float e4m3_to_f32(uint8_t code) {
+  float r;
+  asm("{\n .reg .b32 both;\n .reg .b16 lo, hi;\n cvt.rn.f16x2.e4m3x2 both, %1;\n mov.b32 {lo, hi}, both;\n"
+      " cvt.f32.f16 %0, lo;\n}"
+      : "=f"(r)
+      : "h"(static_cast<uint16_t>(code)));
+  return r;
+}
 
 // Sum and maximum over the aligned group of W lanes that a lane is in; every lane gets it. Whole warps only.
 template <int W = 32>

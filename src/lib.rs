@@ -30,7 +30,7 @@
 //! | [`tokens`] | image tokens in files, to be decoded again |
 //! | [`model`] | configs, weights on the device, the order of ops, the memory plan |
 //! | [`ops`] | one op per file: shapes, geometry, declared reads and writes; the registry and the test harness |
-//! | [`device`] | memory, node lists, replay; the emulated device, and the CUDA device (never run on a GPU yet) |
+//! | [`device`] | memory, node lists, replay; the emulated device, the CUDA device (never run on a GPU yet), and one that only plans |
 //! | [`mod@bench`] | timing of kernels and models, the ceilings, bytes counted from node lists |
 //! | [`conformance`] | whether a device's primitives do what the PTX manual says |
 //!

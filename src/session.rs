@@ -4,7 +4,7 @@
 //! `TOKENS_IN_FLIGHT` tokens are enqueued beyond the last completed event. Progress, cancel and the check for
 //! non-finite values act on events.
 
-use crate::device::{Event as DeviceEvent, Executable};
+use crate::device::{Event as DeviceEvent, Executable, nvtx};
 use crate::engine::{Engine, Plan};
 use crate::error::{Error, Result};
 use crate::event::{CancelToken, Control, Event, Timings, milliseconds};
@@ -110,6 +110,7 @@ impl Session {
         cancel: &CancelToken,
         callback: &mut dyn FnMut(&Event) -> Control,
     ) -> Result<Images> {
+        let _request = nvtx::range(|| "request");
         let start = Instant::now();
         let mut timings = Timings::default();
         let mut listener = Listener { callback, cancel, tokens_done: 0 };
@@ -134,7 +135,7 @@ impl Session {
         })?;
 
         let mark = Instant::now();
-        run.encode_sources()?;
+        encode(&mut run)?;
         timings.vae_encode_ms = milliseconds(mark.elapsed());
 
         let mark = Instant::now();
@@ -182,7 +183,13 @@ impl Session {
     }
 }
 
+fn encode(run: &mut Run) -> Result<()> {
+    let _range = nvtx::range(|| "vae encode");
+    run.encode_sources()
+}
+
 fn prefill(run: &mut Run) -> Result<()> {
+    let _range = nvtx::range(|| "prefill");
     let list = Arc::new(run.record_prefill(true)?);
     let executable = run.stream().instantiate(list)?;
     run.stream().replay(executable.as_ref())?;
@@ -223,6 +230,7 @@ impl Lists {
 
 /// Replays a decoder list and brings its pictures to the host.
 fn pictures(run: &mut Run, list: &dyn Executable, decoded: &Decoded) -> Result<Vec<RgbImage>> {
+    let _range = nvtx::range(|| "vae");
     run.stream().replay(list)?;
     decoded.download(run.stream())
 }
@@ -246,6 +254,7 @@ fn token_loop(run: &mut Run, lists: &Lists, listener: &mut Listener<'_>) -> Resu
     let mut pending: VecDeque<Box<dyn DeviceEvent>> = VecDeque::new();
     for index in 0..total {
         listener.check()?;
+        let _range = nvtx::range(|| format!("token {index}"));
         let list = if index + 1 == total { &lists.last } else { &lists.token };
         run.stream().replay(list.as_ref())?;
         pending.push_back(run.stream().record()?);

@@ -124,3 +124,23 @@ fn kernels_test_runs_one_op() {
     assert!(shown.lines().last().unwrap().ends_with(" 0 failed"), "{shown}");
     assert_eq!(warpstep(&["kernels", "test", "--op", "nothing"]).status.code(), Some(2));
 }
+
+#[test]
+fn a_plan_is_printed_and_nothing_is_drawn() {
+    let dir = tempfile::tempdir().unwrap();
+    let file = dir.path().join("x.png");
+    let output = generate("a red circle", &["--plan", "--json", "-n", "2"], &file);
+    assert!(output.status.success(), "{}", text(&output.stderr));
+    let json: serde_json::Value = serde_json::from_slice(&output.stdout).unwrap();
+    let planned = &json["plan"];
+    assert_eq!((&json["request"]["n"], &planned["images"]), (&2.into(), &2.into()));
+    let shown = generate("a red circle", &["--plan"], &file);
+    assert!(text(&shown.stdout).contains("MB of weights"), "{}", text(&shown.stdout));
+    assert!(!file.exists(), "a plan draws nothing");
+    // The same figures as when it is drawn on a device with that number of SMs.
+    let drawn = generate("a red circle", &["--json", "-n", "2", "--sm-count", "132"], &file);
+    let json: serde_json::Value = serde_json::from_slice(&drawn.stdout).unwrap();
+    assert_eq!(&json["plan"], planned);
+    let refused = generate("a red circle", &["--plan", "--steps", "0"], &file);
+    assert_eq!(refused.status.code(), Some(2), "a plan is for requests that would run");
+}

@@ -347,3 +347,26 @@ inline uint32_t bf16_bits(float f) {
 }
 }  // namespace emu
 DEV uint32_t pack_bf16(float lo, float hi) { return emu::bf16_bits(lo) | emu::bf16_bits(hi) << 16; }
+namespace emu {
+// The number whose code has no sign: mantissa / 8 * 2^(exponent - 7), without the leading one below 2^-6.
+inline float e4m3_magnitude(uint32_t code) {
+  const int exponent = static_cast<int>(code >> 3), mantissa = static_cast<int>(code & 7);
+  return exponent ? ldexpf(8.0f + mantissa, exponent - 10) : ldexpf(mantissa, -9);
+}
+}  // namespace emu
+DEV uint8_t f32_to_e4m3(float f) {
+  if (f != f) return 0x7f;
+  const uint32_t sign = as_u32(f) >> 24 & 0x80u;
+  const float size = fabsf(f);
+  if (size >= 448.0f) return static_cast<uint8_t>(sign | 0x7e);
+  // Below 2^-6 the steps are 2^-9 wide; a size that rounds up to 2^-6 gets that number's code.
+  if (size < 0.015625f) return static_cast<uint8_t>(sign | static_cast<uint32_t>(rintf(size * 512.0f)));
+  const uint32_t bits = as_u32(size), rounded = (bits + 0x7ffff + (bits >> 20 & 1)) >> 20;
+  const uint32_t code = rounded - ((127 - 7) << 3);
+  return static_cast<uint8_t>(sign | (code < 0x7e ? code : 0x7e));
+}
+DEV float e4m3_to_f32(uint8_t code) {
+  if ((code & 0x7f) == 0x7f) return as_f32(0x7fffffffu);
+  const float size = emu::e4m3_magnitude(code & 0x7fu);
+  return code & 0x80 ? -size : size;
+}

@@ -222,6 +222,13 @@ pub static UNITS: &[Unit] = &[
             )
         },
     },
+    Unit {
+        name: "e4m3",
+        primitives: &["e4m3_to_f32", "f32_to_e4m3"],
+        steps: &[Step { symbol: "conformance_e4m3", geometry: || Geometry::linear(1, 64) }],
+        input: e4m3_input,
+        expected: e4m3,
+    },
 ];
 
 fn bits(words: impl IntoIterator<Item = u32>) -> Expected {
@@ -466,4 +473,49 @@ fn conversion_input() -> Vec<u32> {
         (0..256u32).flat_map(|e| mantissas.map(|m| e << 23 | m | (e & 1) << 31)).collect();
     words.extend([0x7f80_0001, 0xff80_0001, 0x7fc0_0000, 0xffff_ffff, 0x8000_0000]);
     words
+}
+
+/// The 127 numbers of the codes without a sign (OCP 8-bit floating point, E4M3): by definition, in f64.
+fn e4m3_numbers() -> Vec<f64> {
+    let number = |code: i32| match (code / 8, f64::from(code % 8) / 8.0) {
+        (0, fraction) => fraction * (-6f64).exp2(),
+        (exponent, fraction) => (1.0 + fraction) * f64::from(exponent - 7).exp2(),
+    };
+    (0..127).map(number).collect()
+}
+
+/// Every number, every middle between two, and the floats beside both; what lies beyond the largest; both signs.
+fn e4m3_input() -> Vec<u32> {
+    let numbers = e4m3_numbers();
+    let middles = numbers.windows(2).map(|pair| (pair[0] + pair[1]) / 2.0);
+    // 464 would be the middle between 448 and 480, if that were a number.
+    let beyond = [449.0, 464.0, 480.0, 1e30, f64::from(f32::MAX), f64::INFINITY];
+    let near = |value: f64| [(value as f32).next_down(), value as f32, (value as f32).next_up()];
+    let mut values: Vec<f32> = numbers.iter().copied().chain(middles).chain(beyond).flat_map(near).collect();
+    values.extend([f32::from_bits(1), f32::MIN_POSITIVE, f32::NAN]);
+    values.iter().flat_map(|value| [value.to_bits(), (-value).to_bits()]).collect()
+}
+
+/// PTX ISA, cvt: to the nearest, to the even code of two equally near; .satfinite takes what is too large to the
+/// largest number; a NaN becomes 0x7f whatever its sign.
+fn e4m3(input: &[u32]) -> Expected {
+    let numbers = e4m3_numbers();
+    let decoded = (0..256usize).map(|code| match (numbers.get(code % 128), code < 128) {
+        (None, _) => f32::NAN.to_bits(),
+        (Some(&number), true) => (number as f32).to_bits(),
+        (Some(&number), false) => (-number as f32).to_bits(),
+    });
+    let encode = |word: u32| {
+        let value = f64::from(float(word));
+        if value.is_nan() {
+            return 0x7f;
+        }
+        let size = value.abs().min(448.0);
+        let distance = |code: usize| (numbers[code] - size).abs();
+        let nearest =
+            (0..127usize).min_by(|&a, &b| distance(a).total_cmp(&distance(b)).then((a % 2).cmp(&(b % 2))));
+        nearest.map_or(0, |code| code as u32) | (word >> 24 & 0x80)
+    };
+    let words = decoded.chain(input.iter().map(|&word| encode(word))).collect();
+    Expected::Bits { words, any_nan: true }
 }

@@ -12,6 +12,7 @@ pub mod cubins;
 pub mod cuda;
 pub mod emulated;
 mod node;
+pub(crate) mod nvtx;
 pub mod paper;
 pub mod planning;
 

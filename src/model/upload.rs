@@ -168,8 +168,8 @@ impl<'a> Uploader<'a> {
         let at_once = (CHUNK_BYTES / tiles.tile_bytes()).max(1);
         let mut staging = Vec::new();
         let mut at = buffer.ptr();
-        let written = if self.device.holds_data() { tiles.tiles() } else { 0 };
-        for start in (0..written).step_by(at_once) {
+        let packed = if self.device.holds_data() { tiles.tiles() } else { 0 };
+        for start in (0..packed).step_by(at_once) {
             let count = at_once.min(tiles.tiles() - start);
             staging.resize(count * tiles.tile_bytes(), 0);
             for (i, out) in staging.chunks_exact_mut(tiles.tile_bytes()).enumerate() {

@@ -11,7 +11,7 @@ use super::sys::{
     LAUNCH_CLUSTER_DIMENSION, LAUNCH_COOPERATIVE, LAUNCH_PROGRAMMATIC_SERIALIZATION, LaunchAttribute,
     StreamHandle,
 };
-use crate::device::{Executable, Geometry, Node, NodeList};
+use crate::device::{Executable, Geometry, Node, NodeList, nvtx};
 use crate::error::{Error, Result};
 use std::any::Any;
 use std::sync::Arc;
@@ -111,6 +111,7 @@ impl Template<'_> {
     /// Adds `node` after the nodes `before`.
     fn add(&self, node: &Node, before: &[GraphNode]) -> Result<GraphNode> {
         let shared = self.shared;
+        let _range = nvtx::range(|| &node.label);
         let geometry = &node.geometry;
         let function = lock(&shared.modules).function(shared, node)?;
         let mut arguments = [node.params.as_slice().as_ptr().cast_mut().cast()];

@@ -6,7 +6,7 @@ use super::sys::{
     EVENT_DEFAULT, EVENT_DISABLE_TIMING, EventHandle, LaunchConfig, NOT_READY, STREAM_NON_BLOCKING,
     StreamHandle,
 };
-use crate::device::{DevicePtr, Event, Executable, Node, NodeList, Span, Stream};
+use crate::device::{DevicePtr, Event, Executable, Node, NodeList, Span, Stream, nvtx};
 use crate::error::{Error, Result};
 use std::any::Any;
 use std::ffi::c_uint;
@@ -86,6 +86,7 @@ impl Stream for CudaStream {
 
     fn launch(&mut self, node: &Node) -> Result<()> {
         let shared = &self.shared;
+        let _range = nvtx::range(|| &node.label);
         let _entered = shared.enter()?;
         let function = lock(&shared.modules).function(shared, node)?;
         let geometry = &node.geometry;

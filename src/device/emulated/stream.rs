@@ -2,7 +2,7 @@
 
 use super::ffi::{self, Kernel, RawSpan};
 use super::{ReplayOrder, Shared, audit, build_kind, host_pointer, lock};
-use crate::device::{DevicePtr, Event, Executable, Node, NodeList, Span, Stream};
+use crate::device::{DevicePtr, Event, Executable, Node, NodeList, Span, Stream, nvtx};
 use crate::error::{Error, Result};
 use std::any::Any;
 use std::collections::HashMap;
@@ -80,6 +80,7 @@ impl EmulatedStream {
     fn run(&self, node: &Node, kernel: Kernel, foreign: &[RawSpan]) -> Result<()> {
         self.shared.check()?;
         self.check_spans(node)?;
+        let _range = nvtx::range(|| &node.label);
         let build = build_kind();
         let (mut pieces, names) = match build {
             "race" => (lock(&self.shared.names).allocations(), Vec::new()),
