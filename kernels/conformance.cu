@@ -227,7 +227,7 @@ KERNEL(conformance_mbarrier, ConformanceParams, 64, 1) {
   }
 }
 
-/* in [2, 256]; out [2, 256]: per phase two bulk copies, of 16 and of 1008 bytes, on one barrier. */
+/* in [2, 256]; out [2, 256]: per phase two bulk copies, of 16 bytes and of 1008 with a policy, on one barrier. */
 KERNEL(conformance_bulk_copies, ConformanceParams, 64, 1) {
   SMEM(uint64_t, bar, 1);
   SMEM(uint32_t, stage, 2 * 256);
@@ -241,7 +241,7 @@ KERNEL(conformance_bulk_copies, ConformanceParams, 64, 1) {
     if (thread_rank() == 0) {
       mbar_arrive_tx(bar, 1024);
       bulk_g2s(to, words(p) + phase * 256, 16, bar);
-      bulk_g2s(to + 4, words(p) + phase * 256 + 4, 1008, bar);
+      bulk_g2s_hint(to + 4, words(p) + phase * 256 + 4, 1008, bar, phase == 0 ? l2_evict_first() : l2_evict_last());
     }
     mbar_wait(bar, phase);
     for (uint32_t i = thread_rank(); i < 256; i += 64) results(p)[phase * 256 + i] = to[i];
@@ -264,6 +264,24 @@ KERNEL(conformance_ldmatrix, ConformanceParams, 32, 1) {
     results(p)[lane * 4 + j] = plain[j];
     results(p)[(kWarp + lane) * 4 + j] = transposed[j];
   }
+}
+
+/* in [2, 32, 8, 2 bytes]: two loads of four matrices; out [2, 2, 32, 4]: plain by halves, transposed whole. */
+KERNEL(conformance_ldmatrix_all, ConformanceParams, 32, 1) {
+  SMEM(uint32_t, rows, 64 * 20);
+  const uint32_t lane = lane_id();
+  for (uint32_t row = lane; row < 64; row += 32)
+    for (uint32_t j = 0; j < 4; j++) rows[row * 20 + j] = words(p)[row * 4 + j];
+  warp_sync();
+  uint32_t plain[4][2], transposed[2][4];
+  const bf16* mine = reinterpret_cast<const bf16*>(rows + lane * 20);
+  ldmatrix_x4_all(plain, mine, 32 * 40);
+  ldmatrix_x4_trans_all(transposed, mine, 32 * 40);
+  for (uint32_t i = 0; i < 2; i++)
+    for (uint32_t j = 0; j < 4; j++) {
+      results(p)[(i * kWarp + lane) * 4 + j] = plain[2 * i + j / 2][j % 2];
+      results(p)[((2 + i) * kWarp + lane) * 4 + j] = transposed[i][j];
+    }
 }
 
 /* in: A [16, 16] bf16, B [16, 8] bf16 column by column, C [16, 8] float; out [16, 8] float = A B + C. Fragments are

@@ -115,7 +115,8 @@ DEV void tile_stats(const Conv2dParams& p, const bf16* tile, float* parts, uint3
   constexpr uint32_t kN = 16 * NT, kParts = kThreads / (kN / 2), kPartRows = kTileH / kParts;
   const uint32_t pair = tid_x() % (kN / 2) * 2, part = tid_x() / (kN / 2);
   float sum[2] = {}, m2[2] = {};
-  const uint32_t last = (part + 1) * kPartRows < rows ? (part + 1) * kPartRows : rows;
+  const uint32_t wanted = n0 + pair < p.c_out ? rows : 0;  // nothing lies in the columns of other channels
+  const uint32_t last = (part + 1) * kPartRows < wanted ? (part + 1) * kPartRows : wanted;
   const uint32_t count = part * kPartRows < last ? (last - part * kPartRows) * cols : 0;
   const auto each = [&](auto&& use) {
     for (uint32_t row = part * kPartRows; row < last; row++)
@@ -214,7 +215,7 @@ DEV void conv2d_tile(const Conv2dParams& p, unsigned char* smem) {
       if (step + 2 < steps) send_weights<F, NT>(p, weights + (step + 2) % kStages * kStage, step + 2, n0);
       else cp_async_commit();
       v4u raw[F::kShare];
-      bool known[F::kShare];
+      bool known[F::kShare] = {};
       const uint32_t chunk0 = tap * (F::kShare * kThreads) + tid_x();
       if (more) {
 #pragma unroll
@@ -222,25 +223,17 @@ DEV void conv2d_tile(const Conv2dParams& p, unsigned char* smem) {
       }
       if (active) {
         const uint32_t col = ((lane % 16) * F::kStride + tap % F::kSize + F::kUp) >> F::kUp;
-        const bf16* a_at[2];
-#pragma unroll
-        for (uint32_t m = 0; m < 2; m++) {
-          const uint32_t row = ((warp_row + m) * F::kStride + tap / F::kSize + F::kUp) >> F::kUp;
-          a_at[m] = patch + (row * F::kCols + col) * kPitch + lane / 16 * 8;
-        }
-        const bf16* b_at = weights + step % kStages * kStage + (warp_n + lane % 8 + lane / 16 * 8) * kPitch + lane / 8 % 2 * 8;
+        const uint32_t row0 = (warp_row * F::kStride + tap / F::kSize + F::kUp) >> F::kUp;
+        const uint32_t row1 = ((warp_row + 1) * F::kStride + tap / F::kSize + F::kUp) >> F::kUp;
+        const bf16* a_at = patch + (row0 * F::kCols + col) * kPitch + lane / 16 * 8;
+        const bf16* b_at =
+            weights + step % kStages * kStage + (warp_n + lane % 8 + lane / 16 * 8) * kPitch + lane / 8 % 2 * 8;
 #pragma unroll
         for (uint32_t k = 0; k < kSlice; k += 16) {
           if (slice * kSlice + k >= p.c_in) break;
           uint32_t a[2][4], b[NT][2];
-          ldmatrix_x4(a[0], a_at[0] + k);
-          ldmatrix_x4(a[1], a_at[1] + k);
-#pragma unroll
-          for (int j = 0; j < NT; j += 2) {
-            uint32_t two[4];
-            ldmatrix_x4(two, b_at + j * 8 * kPitch + k);
-            b[j][0] = two[0], b[j][1] = two[1], b[j + 1][0] = two[2], b[j + 1][1] = two[3];
-          }
+          ldmatrix_x4_all(a, a_at + k, (row1 - row0) * F::kCols * kPitch);
+          ldmatrix_x4_all(b, b_at + k, 16 * kPitch);
           mma_bf16_all(acc, a, b);
         }
       }

@@ -211,6 +211,25 @@ DEV void bulk_g2s(void* dst, const void* src, uint32_t bytes, uint64_t* bar) {
                "l"(src), "r"(bytes), "r"(smem_u32(bar))
                : "memory");
 }
+// Policies for the L2 lines of a bulk copy: the first, or the last, to make room for others. Hints: no value changes.
+DEV uint64_t l2_evict_first() {
+  uint64_t r;
+  asm("createpolicy.fractional.L2::evict_first.b64 %0, 1.0;" : "=l"(r));
+  return r;
+}
+DEV uint64_t l2_evict_last() {
+  uint64_t r;
+  asm("createpolicy.fractional.L2::evict_last.b64 %0, 1.0;" : "=l"(r));
+  return r;
+}
+// bulk_g2s with a policy.
+DEV void bulk_g2s_hint(void* dst, const void* src, uint32_t bytes, uint64_t* bar, uint64_t policy) {
+  asm volatile(
+      "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes.L2::cache_hint [%0], [%1], %2, [%3], %4;" ::"r"(
+          smem_u32(dst)),
+      "l"(src), "r"(bytes), "r"(smem_u32(bar)), "l"(policy)
+      : "memory");
+}
 
 // ---- tensor cores ----
 // Four 8x8 matrices of 16-bit elements; lane i gives the address of row i % 8 of matrix i / 8.
@@ -232,6 +251,27 @@ DEV void mma_bf16_16816(float (&c)[4], const uint32_t (&a)[4], const uint32_t (&
       "mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
       : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
       : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
+}
+// N * W / 4 of them in a row, the next one `stride` elements further on: what a warp loads between two products.
+template <int N, int W>
+DEV void ldmatrix_x4_all(uint32_t (&r)[N][W], const bf16* row, uint32_t stride) {
+#pragma unroll
+  for (int i = 0; i < N * W; i += 4) {
+    uint32_t four[4];
+    ldmatrix_x4(four, row + i / 4 * stride);
+#pragma unroll
+    for (int j = i; j < i + 4; j++) r[j / W][j % W] = four[j - i];
+  }
+}
+template <int N, int W>
+DEV void ldmatrix_x4_trans_all(uint32_t (&r)[N][W], const bf16* row, uint32_t stride) {
+#pragma unroll
+  for (int i = 0; i < N * W; i += 4) {
+    uint32_t four[4];
+    ldmatrix_x4_trans(four, row + i / 4 * stride);
+#pragma unroll
+    for (int j = i; j < i + 4; j++) r[j / W][j % W] = four[j - i];
+  }
 }
 // c[m][n] += a[m] b[n] for all pairs of fragments: what a warp does between two loads of them.
 template <int M, int N>

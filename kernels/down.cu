@@ -3,7 +3,8 @@
  * in [M, I] E (gate_up's activations), w [D, I] E, x [M, D] float.
  * Bound at 14B, 1-3 rows: 141.6 MB of bf16 weights per layer; many rows: 141.6 MFLOP per row.
  * A unit (gemv.cuh) is two neighbouring outputs.
- * Variants: plain (warp per unit, one pass over w for up to 8 rows), tile (64 x 64 tiles, many rows).
+ * Variants: plain (warp per unit, one pass over w for up to 8 rows), tile (64 x 64 tiles, many rows); from packed
+ * weights stream, ring (equal shares per SM) and mma (tensor-core tiles, many rows): product.cuh.
  */
 #include "project.cuh"
 

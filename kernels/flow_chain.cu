@@ -22,17 +22,9 @@
  * them; weights pass once per evaluation for up to eight sequences. Every block recomputes the layer norms and the
  * solver step for itself, which spares a barrier each. A sum's order follows from the width alone: neither grid nor
  * batch nor an image's place in it changes a bit.
- * Variants: plain.
+ * Variants: plain; ring and resident (flow_ring.cu).
  */
 #include "flow_rows.cuh"
-
-static constexpr float kNormEps = 1e-6f;
-
-DEV float silu(float x) { return x / (1.0f + f_exp(-x)); }
-
-DEV uint32_t sequences(const FlowChainParams& p) { return p.images * p.branches; }
-/* Outputs of flow_modulation per sequence. */
-DEV size_t mod_width(const FlowChainParams& p) { return static_cast<size_t>(3 * p.blocks + 2) * p.width; }
 
 /* What stands between two barriers of the grid: one product over all rows. */
 enum class Kind { kState, kUp, kDown, kVelocity };
@@ -133,100 +125,6 @@ DEV void run_phase(const FlowChainParams& p, const Shared& sh, const Phase<E>& p
   }
 }
 
-/* Velocity of element i of [B, K] after guidance. Branches: cond, nothing; or cond, image only, nothing. */
-DEV float guided_velocity(const FlowChainParams& p, float cfg, float cfg_img, uint32_t i) {
-  const float* v = ptr<const float>(p.v_raw) + i;
-  const size_t branch = static_cast<size_t>(p.images) * p.token_dim;
-  const float cond = ld_cg_f32(v);
-  if (p.branches == 1) return cond;
-  const float second = ld_cg_f32(v + branch);
-  if (p.branches == 2) return f_fma(cfg, cond - second, second);
-  const float nothing = ld_cg_f32(v + 2 * branch);
-  return f_fma(cfg, cond - second, f_fma(cfg_img, second - nothing, nothing));
-}
-
-/* x before evaluation n where it is given: the initial noise, or every state in teacher forcing. A warp owns an image,
- * here and in the functions below. */
-DEV void set_state(const FlowChainParams& p, const Shared& sh, uint32_t n, const float* draws) {
-  const float* from = p.forced_x ? ptr<const float>(p.forced_x) + static_cast<size_t>(n) * p.images * p.token_dim
-                      : n == 0   ? draws
-                                 : nullptr;
-  if (!from) return;
-  for (uint32_t b = warp_id(); b < p.images; b += kWarps)
-    for (uint32_t k = lane_id(); k < p.token_dim; k += 32) sh.x[b * p.token_dim + k] = from[b * p.token_dim + k];
-}
-
-/* x after evaluation n: guidance, norm rescale, solver. Every block does it; the first one writes the traces. */
-DEV void step_solver(const FlowChainParams& p, const Shared& sh, uint32_t n, uint32_t token, const float* draws) {
-  const float cfg = ptr<const float>(p.guidance)[2 * token], cfg_img = ptr<const float>(p.guidance)[2 * token + 1];
-  const SolverStep step = ptr<const SolverStep>(p.steps_table)[n];
-  const bool rescale = p.rescale && p.branches > 1 && cfg > 1.0f && (p.branches == 2 || cfg_img > 1.0f);
-  const size_t values = static_cast<size_t>(p.images) * p.token_dim;
-  for (uint32_t b = warp_id(); b < p.images; b += kWarps) {
-    float factor = 1.0f;
-    if (rescale) {
-      float cond = 0.0f, guided = 0.0f;
-      for (uint32_t k = lane_id(); k < p.token_dim; k += 32) {
-        const float c = ld_cg_f32(ptr<const float>(p.v_raw) + b * p.token_dim + k);
-        const float v = guided_velocity(p, cfg, cfg_img, b * p.token_dim + k);
-        cond = f_fma(c, c, cond);
-        guided = f_fma(v, v, guided);
-      }
-      factor = f_min(f_sqrt(warp_sum(cond)) / (f_sqrt(warp_sum(guided)) + 1e-6f), 1.0f);
-    }
-    for (uint32_t k = lane_id(); k < p.token_dim; k += 32) {
-      const uint32_t i = b * p.token_dim + k;
-      const float v = guided_velocity(p, cfg, cfg_img, i) * factor;
-      float x = f_fma(step.velocity, v, step.keep * sh.x[i]);
-      /* A draw that was never made would go unnoticed: it is NaN, and so is the token. */
-      if (step.noise != 0.0f)
-        x = f_fma(step.noise, n + 1 < p.draws_per_slot ? draws[(n + 1) * values + i] : as_f32(0x7fc00000u), x);
-      sh.x[i] = x;
-      if (bid_x() != 0) continue;
-      for (uint32_t s = 0; p.trace_v_raw && s < p.branches; s++) {
-        const size_t at = s * values + i;
-        ptr<float>(p.trace_v_raw)[n * p.branches * values + at] = ld_cg_f32(ptr<const float>(p.v_raw) + at);
-      }
-      if (p.trace_v) ptr<float>(p.trace_v)[n * values + i] = v;
-      if (p.trace_x) ptr<float>(p.trace_x)[n * values + i] = x;
-    }
-  }
-}
-
-/* x becomes the token; the first block stores it and reports one that is not finite. */
-template <class E>
-DEV void finish_token(const FlowChainParams& p, const Shared& sh, uint32_t token) {
-  const float count = static_cast<float>(p.token_dim);
-  float bad = 0.0f;
-  for (uint32_t b = warp_id(); b < p.images; b += kWarps) {
-    float* x = sh.x + b * p.token_dim;
-    float mean = 0.0f, inv = 1.0f;
-    for (uint32_t k = lane_id(); k < p.token_dim; k += 32) {
-      x[k] = round_to<E>(x[k]);
-      mean += x[k];
-      if (bid_x() == 0 && p.sampled) ptr<float>(p.sampled)[b * p.token_dim + k] = x[k];
-    }
-    if (p.use_norm) {
-      mean = warp_sum(mean) / count;
-      float square = 0.0f;
-      for (uint32_t k = lane_id(); k < p.token_dim; k += 32) square = f_fma(x[k] - mean, x[k] - mean, square);
-      inv = 1.0f / f_sqrt(warp_sum(square) / count + kNormEps);
-    }
-    for (uint32_t k = lane_id(); k < p.token_dim; k += 32) {
-      const float sampled = x[k];
-      if (p.use_norm) x[k] = round_to<E>((sampled - mean) * inv);
-      if (!is_finite(sampled) || !is_finite(x[k])) bad = 1.0f;
-      const size_t at = (static_cast<size_t>(b) * p.tokens_total + token) * p.token_dim + k;
-      if (bid_x() == 0) ptr<E>(p.tokens)[at] = from_f32<E>(x[k]);
-    }
-  }
-  if (bid_x() == 0) {
-    bad = block_max(bad, sh.warps);
-    GenerationState* state = ptr<GenerationState>(p.state);
-    if (tid_x() == 0 && bad != 0.0f && state->nonfinite == 0) state->nonfinite = 1 + token;
-  }
-}
-
 /* Grid: cooperative, any number of blocks up to the number of SMs. Block: 256 threads. Shared: x, then the rows. */
 template <class E>
 DEV void flow_chain(const FlowChainParams& p) {
@@ -235,20 +133,22 @@ DEV void flow_chain(const FlowChainParams& p) {
   SMEM(float, norm, kRowGroup * 2);
   const Shared sh = {dynamic, dynamic + (p.images * p.token_dim + 7) / 8 * 8, warps, norm};
   const uint32_t token = ptr<const GenerationState>(p.state)->token;
-  const size_t slot_values = static_cast<size_t>(p.draws_per_slot) * p.images * p.token_dim;
-  const float* draws = ptr<const float>(p.draws) + (p.draw_slots > 1 ? token : 0) * slot_values;
+  const float* draws = draws_of(p, token);
   /* The iteration after the last evaluation is the token's. */
+  const Images all = {0, p.images};
+  const size_t branch = static_cast<size_t>(p.images) * p.token_dim;
+  const auto velocity = [&](uint32_t r, uint32_t i) { return ld_cg_f32(ptr<const float>(p.v_raw) + r * branch + i); };
   for (uint32_t n = 0; n <= p.steps; n++) {
     const bool evaluates = n < p.steps;
     if (evaluates)
-      set_state(p, sh, n, draws);
+      set_state(p, sh.x, all, n, draws);
     else
-      finish_token<E>(p, sh, token);
+      finish_token<E>(p, sh.x, all, token);
     for (uint32_t i = 0; i < (evaluates ? phases(p) : 1); i++) {
       run_phase<E>(p, sh, phase_at<E>(p, n, i));
       if (evaluates) grid_sync(ptr<GridBarrier>(p.barrier));
     }
-    if (evaluates) step_solver(p, sh, n, token, draws);
+    if (evaluates) step_solver(p, sh.x, all, n, token, draws, velocity);
   }
 }
 

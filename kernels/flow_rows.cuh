@@ -11,9 +11,8 @@
  * elements 8 t + 2048 i of every row, and need no barrier among themselves.
  */
 #pragma once
-#include "dev.cuh"
+#include "flow_solver.cuh"
 
-static constexpr uint32_t kWarps = 8;
 static constexpr uint32_t kThreads = 32 * kWarps;
 /* Rows per pass over the weights. */
 static constexpr uint32_t kRowGroup = 8;
@@ -54,7 +53,6 @@ struct Norm {
   size_t mod_stride;
 };
 
-DEV uint32_t umin(uint32_t a, uint32_t b) { return a < b ? a : b; }
 DEV bool aligned16(const void* p) { return reinterpret_cast<uintptr_t>(p) % 16 == 0; }
 
 /* Where element k of a row is staged. A lane reads eight neighbours in two loads; swapping the halves of every other

@@ -7,7 +7,8 @@
  * Rounded to E: the normalised x, h, gate, up, silu(gate), the product. Everything between in float.
  * Bound at 14B, 1-3 rows: 283.1 MB of bf16 weights per layer; many rows: 283.1 MFLOP per row.
  * A unit (gemv.cuh) is gate row i with up row i.
- * Variants: plain (warp per unit, one pass over w for up to 8 rows), tile (64 x 64 tiles, many rows).
+ * Variants: plain (warp per unit, one pass over w for up to 8 rows), tile (64 x 64 tiles, many rows); from packed
+ * weights stream, ring (equal shares per SM) and mma (tensor-core tiles, many rows): product.cuh.
  */
 #include "product.cuh"
 

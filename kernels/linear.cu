@@ -2,10 +2,11 @@
  *
  * x [M, K] E, w [O, K] E, bias [O] E optional, y [M, O] E or float.
  * Rounded to E: the sum after the bias, and silu of it. out_f32 only widens what a Linear would store, so that
- * image_in_projector feeds the float residual stream, and lm_head the logits, with the values of the official code.
- * Bound for few rows: the bytes of w (lm_head at 14B: 1.56 GB); many rows: 2 K O FLOP per row.
+ * image_in_projector feeds the float residual stream, and an lm_head behind a before_lm_head the logits, with the
+ * values of the official code. Bound for few rows: the bytes of w; many rows: 2 K O FLOP per row.
  * A unit (gemv.cuh) is two neighbouring outputs.
- * Variants: plain (warp per unit, one pass over w for up to 8 rows), tile (64 x 64 tiles, many rows).
+ * Variants: plain (warp per unit, one pass over w for up to 8 rows), tile (64 x 64 tiles, many rows); from packed
+ * weights stream, ring (equal shares per SM) and mma (tensor-core tiles, many rows): product.cuh.
  */
 #include "product.cuh"
 

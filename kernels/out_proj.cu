@@ -5,25 +5,10 @@
  *
  * Rounded to E: the normalised x, h, the sum with the position row, c. Accumulation in float.
  * Bound at 14B: 52.4 MB of bf16 weights per token.
- * A unit (gemv.cuh) is two neighbouring outputs. Variants: plain.
+ * A unit (gemv.cuh) is two neighbouring outputs. Variants: plain; from packed weights stream, ring and mma: product.cuh.
  */
+#include "final_norm.cuh"
 #include "product.cuh"
-
-/* Every block writes its share of norm_out [rows, D]. */
-template <class E>
-DEV void write_norm(const OutProjParams& p, Normed<E> h) {
-  SMEM(float, inverse_rms, kRowGroup);
-  E* norm_out = ptr<E>(p.norm_out);
-  const bool vec = p.hidden % 8 == 0 && aligned16(p.x);
-  for (uint32_t row0 = 0; row0 < p.rows; row0 += kRowGroup) {
-    const uint32_t rows = p.rows - row0 < kRowGroup ? p.rows - row0 : kRowGroup;
-    prepare(h, inverse_rms, row0, rows, p.hidden, vec);
-    for (uint32_t i = bid_x() * kThreads + tid_x(); i < rows * p.hidden; i += nbid_x() * kThreads) {
-      const size_t at = size_t(row0) * p.hidden + i;
-      norm_out[at] = from_f32<E>(normed_value(h, h.x[at], inverse_rms[i / p.hidden], i % p.hidden));
-    }
-  }
-}
 
 template <class E, Loop LOOP>
 DEV void out_proj(const OutProjParams& p) {
@@ -50,7 +35,8 @@ DEV void out_proj(const OutProjParams& p) {
                          p.arrivals};
   auto activations = [&] {
     Normed<E> h{ptr<const float>(p.x), ptr<const E>(p.norm_w), nullptr, p.eps};
-    if (p.norm_out) write_norm(p, h);
+    if (p.norm_out)
+      write_norm(ptr<E>(p.norm_out), h, p.rows, p.hidden, p.hidden % 8 == 0 && aligned16(p.x));
     if (p.pos_embed) {
       const uint32_t token = ptr<const GenerationState>(p.state)->token;
       /* The table ends before the image does only if the request was not checked: no row is added then. */

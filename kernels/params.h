@@ -23,7 +23,8 @@ typedef struct {
 typedef struct {
   uint32_t token;     /* index of the image token being made */
   uint32_t nonfinite; /* 0, or 1 + index of the first token that came out non-finite */
-  uint32_t pad[30];
+  uint32_t stalled;   /* 0, or 1 + index of a token whose blocks waited in vain for each other */
+  uint32_t pad[29];
 } GenerationState;
 
 /* x[m, :] = table[ids[m], :], or source[source_row[m], :] where the row is an image token's */
@@ -73,9 +74,10 @@ typedef struct {
   uint64_t out;      /* [M, Q, d] E, written */
   uint64_t partial;  /* [M, Q, splits, d + 2] float: unnormalised sum, then max, then denominator; splits > 1 */
   uint64_t arrivals; /* [M, G] uint32, zero before and after every launch; splits > 1 */
+  uint64_t prefetch; /* weights of the next op, asked into L2 while the cache is awaited (splitkv_mma) */
   uint32_t rows, heads_q, heads_kv, head_dim, capacity, splits;
   float scale;
-  uint32_t pad;
+  uint32_t prefetch_bytes; /* 0: none */
 } AttentionParams;
 
 /* x[m, :] += w in[m, :] + bias: the output projection and the MLP's down projection */
@@ -120,6 +122,17 @@ typedef struct {
   float eps;
 } OutProjParams;
 
+/* h = E(rms(x)) * norm_w; logits = w h: final norm and lm_head */
+typedef struct {
+  uint64_t x;        /* [S, D] float */
+  uint64_t norm_w;   /* [D] E */
+  uint64_t w;        /* [V, D] E */
+  uint64_t norm_out; /* [S, D] E, written: h; optional */
+  uint64_t logits;   /* [S, V] float, written: rounded to E, then widened */
+  uint32_t rows, hidden, vocab;
+  float eps;
+} LmHeadParams;
+
 /* y = act(w x + bias) */
 typedef struct {
   uint64_t x;    /* [M, K] E */
@@ -150,6 +163,12 @@ typedef struct {
   uint32_t pad;
 } SolverStep;
 
+/* Head of the memory through which the blocks of one launch exchange values; zeroed once, never reset. */
+typedef struct {
+  uint64_t made; /* exchanges made so far, modulo 2^32 - 1: the epoch before the next one's */
+  uint64_t pad[15];
+} FlowExchange;
+
 /* The whole sampler of one image token: N evaluations of the flow head, guidance, solver, feedback */
 typedef struct {
   uint64_t mod;   /* [N, S, (3L + 2) F] E */
@@ -169,7 +188,7 @@ typedef struct {
   uint64_t forced_x;    /* [N, B, K] float, optional: replaces x before evaluation n (teacher forcing) */
   uint64_t state;       /* GenerationState: token read, nonfinite written */
   uint64_t barrier;     /* GridBarrier */
-  uint64_t h;           /* [S, F] float, scratch */
+  uint64_t h;           /* [S, F] float, scratch; at the end the residual of the last evaluation */
   uint64_t a;           /* [S, H] float, scratch */
   uint64_t v_raw;       /* [S, K] float, scratch: velocity of every sequence, rounded to E */
   uint64_t trace_v_raw; /* [N, S, K] float, optional, written */
@@ -180,12 +199,21 @@ typedef struct {
   uint64_t w_next;      /* [D, K] E: image_in_projector */
   uint64_t b_next;      /* [D] E */
   uint64_t x_next;      /* [S, D] float, written: input of the next transformer step */
+  uint64_t exchange;    /* FlowExchange, then [3, exchange_words] uint64: value below, epoch above; not plain */
   uint32_t steps, images, branches, width, mlp_width, blocks, token_dim, hidden, tokens_total;
   uint32_t draws_per_slot;  /* draws stored per token */
   uint32_t draw_slots;      /* T when draws of every token are recorded, 1 when randn refills one slot */
   uint32_t use_norm;        /* 0 or 1: LayerNorm over the K values of the token */
   uint32_t rescale;         /* 0 or 1: multiply v by clamp(|v_cond| / (|v| + 1e-6), 0, 1) */
-  uint32_t pad;
+  /* ring and resident only: */
+  uint32_t rows_width, rows_mlp, rows_token, rows_hidden; /* a block's share of F, H, K and D */
+  uint32_t images_at_once; /* images of a pass; times R at most 8 */
+  uint32_t exchange_words; /* of one of the three buffers */
+  uint32_t stages;         /* of the ring */
+  uint32_t stage_bytes;    /* of a stage, a multiple of 16 */
+  uint32_t resident;       /* weight segments that stay in shared memory */
+  uint32_t pinned;         /* segments after them that are to stay in L2 */
+  uint32_t spin_limit;     /* looks at a word before the block gives up */
 } FlowChainParams;
 
 /* Standard normal draws of one token, as torch.randn on a CUDA device gives them (ecosystem: Philox4x32-10) */
@@ -281,6 +309,16 @@ typedef struct {
   uint64_t rgb; /* [B, h, w, 3] uint8, written */
   uint64_t elements;
 } ToRgb8Params;
+
+/* The measuring kernels (kernels/bench.cu): copy, read-only sum, random values */
+typedef struct {
+  uint64_t src;      /* copy: [elements] 16 bytes; sum: [elements] 16 bytes */
+  uint64_t dst;      /* copy: [elements] 16 bytes; sum: [1] uint32, added to; fill: [elements] E; written */
+  uint64_t elements; /* of 16 bytes in copy and sum, of E in fill */
+  uint64_t seed;     /* fill: of the values */
+  float mean;        /* fill */
+  float deviation;   /* fill */
+} BenchParams;
 
 /* What one conformance kernel is given and leaves (kernels/conformance.cu). */
 typedef struct {

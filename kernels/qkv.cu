@@ -10,7 +10,8 @@
  * Bound at 14B, 1-3 rows: 73.4 MB of bf16 weights per layer; many rows: 73.4 MFLOP per row.
  * A unit (gemv.cuh) is the pair (j, j + d/2) of one head, so that the rotation happens in registers; v heads are
  * cut the same way.
- * Variants: plain (warp per pair, one pass over w for up to 8 rows), tile (64 x 64 tiles, many rows).
+ * Variants: plain (warp per pair, one pass over w for up to 8 rows), tile (64 x 64 tiles, many rows); from packed
+ * weights stream, ring (equal shares per SM) and mma (tensor-core tiles, many rows): product.cuh.
  */
 #include "product.cuh"
 

@@ -31,13 +31,11 @@ pub const NAME: &str = "demo";
 /// Loads the embedded model.
 #[cfg(feature = "demo-model")]
 pub fn load(device: Arc<dyn Device>, options: EngineOptions) -> Result<Engine> {
-    use crate::model::config::{ModelConfig, VaeConfig};
     use crate::tokenizer::{Tokenizer, TokenizerFiles};
     use crate::weights::Checkpoint;
     use std::path::Path;
     let origin = Path::new("<embedded demo model>");
-    let config = ModelConfig::parse(&origin.join("config.json"), files::CONFIG)?;
-    let vae_config = VaeConfig::parse(&origin.join("vae/config.json"), files::VAE_CONFIG)?;
+    let (config, vae_config) = configs()?;
     let checkpoint = Checkpoint::from_bytes("<embedded demo model>/model.safetensors", files::WEIGHTS)?;
     let vae = Checkpoint::from_bytes("<embedded demo model>/vae/model.safetensors", files::VAE_WEIGHTS)?;
     let tokenizer_files = TokenizerFiles {
@@ -47,6 +45,21 @@ pub fn load(device: Arc<dyn Device>, options: EngineOptions) -> Result<Engine> {
     };
     let tokenizer = Tokenizer::from_bytes(tokenizer_files, origin, crate::engine::token_ids(&config))?;
     Engine::assemble(NAME.into(), (config, checkpoint), (vae_config, vae), tokenizer, device, options)
+}
+
+/// Sizes of the embedded model.
+#[cfg(feature = "demo-model")]
+pub(crate) fn configs() -> Result<(crate::model::config::ModelConfig, crate::model::config::VaeConfig)> {
+    use crate::model::config::{ModelConfig, VaeConfig};
+    let origin = std::path::Path::new("<embedded demo model>");
+    let config = ModelConfig::parse(&origin.join("config.json"), files::CONFIG)?;
+    Ok((config, VaeConfig::parse(&origin.join("vae/config.json"), files::VAE_CONFIG)?))
+}
+
+/// Says that this build carries no demo model.
+#[cfg(not(feature = "demo-model"))]
+pub(crate) fn configs() -> Result<(crate::model::config::ModelConfig, crate::model::config::VaeConfig)> {
+    Err(crate::error::Error::request("synthetic", "this build has no embedded demo model"))
 }
 
 /// Says that this build carries no demo model.

@@ -14,7 +14,7 @@ use crate::model::vae::VaeEncoder;
 use crate::ops::{self, DType, Selection};
 use crate::prompt::{Prompt, build_rows, with_marks};
 use crate::request::{Defaults, GenerateRequest, Limits, RequestFields};
-use crate::rng::{DrawPlan, H100_MAX_THREADS, PosteriorDraw};
+use crate::rng::{CudaRandn, DrawPlan, H100_MAX_THREADS, PosteriorDraw};
 use crate::sampler::sinusoids;
 use crate::session::Session;
 use crate::tokenizer::{ModelTokenIds, Tokenizer};
@@ -46,6 +46,9 @@ pub struct EngineOptions {
     pub kernels: Selection,
     /// Device bytes that weights and one generation may take together; a plan above it is refused.
     pub memory_budget_bytes: Option<u64>,
+    /// Load the LM head, which text needs ([`Session::complete`]) and pictures do not: another 1.56 GB of the 14B model
+    /// in bf16, unless it shares the embedding table. Without it text is refused.
+    pub text: bool,
     /// Fill buffers with NaN when their planned life ends: for tests of the memory plan.
     pub poison_dead_buffers: bool,
 }
@@ -58,6 +61,7 @@ impl Default for EngineOptions {
             vae: None,
             kernels: Selection::default(),
             memory_budget_bytes: None,
+            text: false,
             poison_dead_buffers: false,
         }
     }
@@ -96,7 +100,7 @@ pub struct Engine {
     pub(crate) device: Arc<dyn Device>,
     pub(crate) model: Arc<NextStep>,
     pub(crate) options: EngineOptions,
-    tokenizer: Tokenizer,
+    pub(crate) tokenizer: Tokenizer,
     name: String,
     defaults: Defaults,
 }
@@ -179,9 +183,15 @@ impl Engine {
             (&vae_config, &vae_weights),
             options.dtype,
             &options.kernels,
+            options.text,
         )?;
         let defaults = Defaults::for_checkpoint(&name, config.hidden_size);
         Ok(Engine { device, model: Arc::new(model), options, tokenizer, name, defaults })
+    }
+
+    /// The model on the device, for measuring it.
+    pub fn model(&self) -> Arc<NextStep> {
+        self.model.clone()
     }
 
     /// The model's name, as stored with pictures.
@@ -260,12 +270,12 @@ impl Engine {
     }
 
     /// The draws of all places, in the VAE's element type; none where it takes the posterior's mean.
-    fn posterior_draws(&self, draws: &DrawPlan, values: usize) -> Vec<f32> {
+    pub(crate) fn vae_draws(&self, draws: &CudaRandn, values: usize) -> Vec<f32> {
         if !self.model.encoder.as_ref().is_some_and(VaeEncoder::draws) {
             return Vec::new();
         }
         let mut out = vec![0.0; values];
-        draws.posterior().fill(0, &mut out);
+        draws.fill(0, &mut out);
         ops::harness::encode(self.options.dtype, out).1
     }
 
@@ -315,7 +325,7 @@ impl Engine {
         let tokens = grid.0 * grid.1;
         let prompts: Vec<Vec<u32>> =
             rows.iter().flat_map(|row| std::iter::repeat_n(row.ids.clone(), images)).collect();
-        let posterior = self.posterior_draws(&draws, values);
+        let posterior = self.vae_draws(&draws.posterior(), values);
         let pictures = request.images.clone();
         let sources = Sources::new(&self.model, pictures, &shown, &prompts, images, &posterior)?;
         let spec = RunSpec {
@@ -354,14 +364,21 @@ impl Engine {
             image_tokens: tokens,
             evaluations: spec.steps.len(),
         };
-        let total = plan.weight_bytes.saturating_add(plan.request_bytes());
-        if let Some(budget) = self.options.memory_budget_bytes.filter(|&budget| total > budget) {
-            return Err(Error::OutOfMemory {
+        self.check_budget(plan.request_bytes())?;
+        Ok(Prepared { spec, plan })
+    }
+
+    /// Refuses a request whose bytes do not fit the memory budget beside the weights.
+    pub(crate) fn check_budget(&self, request_bytes: u64) -> Result<()> {
+        let weight_bytes = self.model.weight_bytes();
+        let total = weight_bytes.saturating_add(request_bytes);
+        match self.options.memory_budget_bytes {
+            Some(budget) if total > budget => Err(Error::OutOfMemory {
                 what: "weights and request, against the memory budget".into(),
                 requested_bytes: total,
-                free_bytes: budget.saturating_sub(plan.weight_bytes),
-            });
+                free_bytes: budget.saturating_sub(weight_bytes),
+            }),
+            _ => Ok(()),
         }
-        Ok(Prepared { spec, plan })
     }
 }

@@ -62,10 +62,15 @@ pub enum Error {
     #[error("device lost, CUDA error {code}; a new process is needed: {reason}")]
     DeviceLost { code: i32, reason: String },
     /// A sampled token is not finite.
-    #[error("non-finite values in {stage} at image token {token}")]
+    #[error("non-finite values in {stage} at token {token}")]
     NonFinite { stage: &'static str, token: usize },
+    /// The blocks of a persistent kernel waited in vain for each other's values; the token is useless.
+    #[error(
+        "op {op}: blocks waited in vain for each other at image token {token}, so some of them never ran or stopped"
+    )]
+    Stalled { op: &'static str, token: usize },
     /// The caller asked to stop.
-    #[error("cancelled after {tokens} image tokens")]
+    #[error("cancelled after {tokens} tokens")]
     Cancelled { tokens: usize },
     /// The caller's callback panicked. The panic goes no further: what the generation held is freed, and engine and
     /// session are as good as new.

@@ -5,7 +5,8 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
-/// Sent to the callback of [`crate::session::Session::generate`], on the calling thread.
+/// Sent to the callback of [`crate::session::Session::generate`] and [`crate::session::Session::complete`], on the
+/// calling thread.
 #[derive(Clone, Debug)]
 #[non_exhaustive]
 pub enum Event {
@@ -41,6 +42,13 @@ pub enum Event {
         of: usize,
         /// One picture per image of the batch, as high as the rows that are there.
         images: Vec<RgbImage>,
+    },
+    /// A token of text has been written.
+    Text {
+        /// The characters that it completes: none where it ends within one.
+        piece: String,
+        /// Tokens written so far.
+        tokens: usize,
     },
     /// An image is decoded.
     Image {

@@ -25,11 +25,13 @@
 //! |---|---|
 //! | [`engine`] | a loaded model on a device, validation, the plan of a request |
 //! | [`session`] | the token loop: events, cancel, checks |
+//! | [`text`] | text from the LM head: the same loop with the host choosing each token |
 //! | [`mod@reconstruct`] | pictures through the VAE and back |
 //! | [`tokens`] | image tokens in files, to be decoded again |
 //! | [`model`] | configs, weights on the device, the order of ops, the memory plan |
 //! | [`ops`] | one op per file: shapes, geometry, declared reads and writes; the registry and the test harness |
 //! | [`device`] | memory, node lists, replay; the emulated device, and the CUDA device (never run on a GPU yet) |
+//! | [`mod@bench`] | timing of kernels and models, the ceilings, bytes counted from node lists |
 //! | [`conformance`] | whether a device's primitives do what the PTX manual says |
 //!
 //! # Threads
@@ -42,6 +44,7 @@
 //! from checkpoints, and allocates no more device memory than [`engine::Engine::plan`] says.
 #![warn(missing_docs)]
 
+pub mod bench;
 pub mod conformance;
 pub mod demo;
 pub mod device;
@@ -59,6 +62,7 @@ pub mod request;
 pub mod rng;
 pub mod sampler;
 pub mod session;
+pub mod text;
 pub mod tokenizer;
 pub mod tokens;
 pub mod verify;

@@ -6,7 +6,9 @@
 
 use crate::error::{Error, Result};
 use crate::sampler::Branches;
-use crate::tokenizer::Tokenizer;
+use crate::tokenizer::{
+    BEGIN_OF_REFINEMENT, BEGIN_OF_THINKING, END_OF_REFINEMENT, END_OF_THINKING, Tokenizer,
+};
 use std::borrow::Cow;
 
 /// Which of the two official pipelines is followed.
@@ -100,7 +102,8 @@ pub struct PromptRow {
 /// The rows of a caption, conditional first, as `generation` builds them. `max_positions`: most tokens in a row, the
 /// generated ones included.
 ///
-/// Text in which the tokenizer sees a special token is refused. The official code lets such text through, so that a
+/// Text in which the tokenizer sees a special token is refused; the caption alone may hold those around a thought or a
+/// refined prompt, which a model writes before it draws. The official code lets such text through, so that a
 /// caption can close a picture or open another: a way to garbage, and to other people's rows.
 pub fn build_rows(
     tokenizer: &Tokenizer,
@@ -175,12 +178,7 @@ fn target_prefix(tokenizer: &Tokenizer, target: Grid) -> Result<Vec<u32>> {
 
 /// The caption with its pictures' strings and the positive prompt.
 fn conditional_text(prompt: &Prompt) -> String {
-    let mut pieces = prompt.caption.split(IMAGE_MARK);
-    let mut text = pieces.next().unwrap_or("").to_owned();
-    for (piece, image) in pieces.zip(prompt.images) {
-        text += &image_string(*image);
-        text += piece;
-    }
+    let mut text = with_pictures(prompt.caption, prompt.images);
     if let Some(positive) = prompt.positive_prompt
         && !positive.is_empty()
     {
@@ -190,12 +188,52 @@ fn conditional_text(prompt: &Prompt) -> String {
     text
 }
 
+/// A text with the string of a picture for each of its marks.
+fn with_pictures(text: &str, images: &[Grid]) -> String {
+    let mut pieces = text.split(IMAGE_MARK);
+    let mut whole = pieces.next().unwrap_or("").to_owned();
+    for (piece, image) in pieces.zip(images) {
+        whole += &image_string(*image);
+        whole += piece;
+    }
+    whole
+}
+
 fn image_string(image: Grid) -> String {
     Tokenizer::image_string(image.height, image.width)
 }
 
-fn check_text(tokenizer: &Tokenizer, prompt: &Prompt) -> Result<()> {
-    let (marks, pictures) = (prompt.caption.matches(IMAGE_MARK).count(), prompt.images.len());
+/// What a caption may hold of the special tokens.
+const WRITTEN: [&str; 4] = [BEGIN_OF_THINKING, END_OF_THINKING, BEGIN_OF_REFINEMENT, END_OF_REFINEMENT];
+
+/// The ids of a text that is to be continued, its pictures' placeholders included: plain tokenization, as the official
+/// text path does it. `opening`: a special token put at the end. At most `max_tokens` of them.
+pub fn text_row(
+    tokenizer: &Tokenizer,
+    text: &str,
+    images: &[Grid],
+    opening: Option<&str>,
+    max_tokens: usize,
+) -> Result<Vec<u32>> {
+    check_marks(text, images.len())?;
+    check_specials(tokenizer, "prompt", text)?;
+    let mut ids = tokenizer.encode(&with_pictures(text, images), true)?;
+    if let Some(opening) = opening {
+        let missing = || Error::request("opening", format!("this model's tokenizer has no {opening}"));
+        ids.push(tokenizer.special_id(opening).ok_or_else(missing)?);
+    }
+    match ids.len() {
+        0 => Err(Error::request("prompt", "is empty: there is nothing to continue")),
+        count if count > max_tokens => {
+            let reason = format!("gives {count} tokens; with those to be written at most {max_tokens} fit");
+            Err(Error::request("prompt", reason))
+        }
+        _ => Ok(ids),
+    }
+}
+
+fn check_marks(caption: &str, pictures: usize) -> Result<()> {
+    let marks = caption.matches(IMAGE_MARK).count();
     if pictures == 0 && marks > 0 {
         let reason = format!("contains {IMAGE_MARK}, which stands for an input picture; there is none");
         return Err(Error::request("prompt", reason));
@@ -204,6 +242,11 @@ fn check_text(tokenizer: &Tokenizer, prompt: &Prompt) -> Result<()> {
         let reason = format!("contains {IMAGE_MARK} {marks} times for {pictures} input pictures");
         return Err(Error::request("prompt", reason));
     }
+    Ok(())
+}
+
+fn check_text(tokenizer: &Tokenizer, prompt: &Prompt) -> Result<()> {
+    check_marks(prompt.caption, prompt.images.len())?;
     for (field, text) in [
         ("prompt", Some(prompt.caption)),
         ("positive_prompt", prompt.positive_prompt),
@@ -216,14 +259,21 @@ fn check_text(tokenizer: &Tokenizer, prompt: &Prompt) -> Result<()> {
                 format!("contains {IMAGE_MARK}; pictures belong into the prompt"),
             ));
         }
-        for piece in text.split(IMAGE_MARK) {
-            if let Some(token) = tokenizer.special_token_in(piece)? {
-                let reason = format!(
-                    "contains the special token {} (id {}), which would change the layout of the row",
-                    token.text, token.id
-                );
-                return Err(Error::request(field, reason));
-            }
+        check_specials(tokenizer, field, text)?;
+    }
+    Ok(())
+}
+
+/// Refuses special tokens between the marks of pictures.
+fn check_specials(tokenizer: &Tokenizer, field: &'static str, text: &str) -> Result<()> {
+    let allowed: &[&str] = if field == "prompt" { &WRITTEN } else { &[] };
+    for piece in text.split(IMAGE_MARK) {
+        if let Some(token) = tokenizer.special_token_but(piece, allowed)? {
+            let reason = format!(
+                "contains the special token {} (id {}), which would change the layout of the row",
+                token.text, token.id
+            );
+            return Err(Error::request(field, reason));
         }
     }
     Ok(())

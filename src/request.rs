@@ -159,24 +159,7 @@ impl GenerateRequest {
 
     /// The input pictures' sizes in tokens.
     pub fn source_grids(&self, limits: &Limits) -> Result<Vec<Grid>> {
-        if self.images.len() > limits.max_images as usize {
-            let reason = format!("are {}; at most {} are read", self.images.len(), limits.max_images);
-            return Err(Error::request("images", reason));
-        }
-        let size = |(index, image): (usize, &RgbImage)| {
-            let (width, height) = (image.width(), image.height());
-            let refuse = |reason: String| {
-                Error::request("images", format!("number {index} is {width}x{height} pixels; {reason}"))
-            };
-            let factor = limits.down_factor;
-            let grid = Grid::from_pixels(width, height, factor)
-                .map_err(|_| refuse(format!("both sides must divide by {factor}: choose a resize mode")))?;
-            match grid.tokens() > MAX_SOURCE_TOKENS {
-                true => Err(refuse(format!("that is more than {MAX_SOURCE_TOKENS} image tokens"))),
-                false => Ok(grid),
-            }
-        };
-        self.images.iter().enumerate().map(size).collect()
+        source_grids(&self.images, limits)
     }
 
     /// Checks a request that comes with `pictures` input pictures.
@@ -309,6 +292,28 @@ impl GenerateRequest {
         }
         Ok(())
     }
+}
+
+/// Sizes in tokens of input pictures, of a request of any kind.
+pub(crate) fn source_grids(images: &[RgbImage], limits: &Limits) -> Result<Vec<Grid>> {
+    if images.len() > limits.max_images as usize {
+        let reason = format!("are {}; at most {} are read", images.len(), limits.max_images);
+        return Err(Error::request("images", reason));
+    }
+    let size = |(index, image): (usize, &RgbImage)| {
+        let (width, height) = (image.width(), image.height());
+        let refuse = |reason: String| {
+            Error::request("images", format!("number {index} is {width}x{height} pixels; {reason}"))
+        };
+        let factor = limits.down_factor;
+        let grid = Grid::from_pixels(width, height, factor)
+            .map_err(|_| refuse(format!("both sides must divide by {factor}: choose a resize mode")))?;
+        match grid.tokens() > MAX_SOURCE_TOKENS {
+            true => Err(refuse(format!("that is more than {MAX_SOURCE_TOKENS} image tokens"))),
+            false => Ok(grid),
+        }
+    };
+    images.iter().enumerate().map(size).collect()
 }
 
 /// An absent text is written as an empty one, which reads back as absent; left out, it would become a default.

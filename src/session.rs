@@ -43,14 +43,14 @@ pub struct Images {
 }
 
 /// Sends events and turns a caller's wish to stop into an error.
-struct Listener<'a> {
-    callback: &'a mut dyn FnMut(&Event) -> Control,
-    cancel: &'a CancelToken,
-    tokens_done: usize,
+pub(crate) struct Listener<'a> {
+    pub(crate) callback: &'a mut dyn FnMut(&Event) -> Control,
+    pub(crate) cancel: &'a CancelToken,
+    pub(crate) tokens_done: usize,
 }
 
 impl Listener<'_> {
-    fn send(&mut self, event: &Event) -> Result<()> {
+    pub(crate) fn send(&mut self, event: &Event) -> Result<()> {
         // Nothing of ours is in the closure, so that a panic leaves nothing of ours half done.
         let answer = catch_unwind(AssertUnwindSafe(|| (self.callback)(event)));
         match answer.map_err(|panic| Error::CallbackPanicked { message: panic_message(&*panic) })? {
@@ -59,7 +59,7 @@ impl Listener<'_> {
         }
     }
 
-    fn check(&self) -> Result<()> {
+    pub(crate) fn check(&self) -> Result<()> {
         match self.cancel.is_cancelled() {
             true => Err(Error::Cancelled { tokens: self.tokens_done }),
             false => Ok(()),
@@ -81,6 +81,10 @@ impl Session {
     /// The engine of this session.
     pub fn engine(&self) -> &Engine {
         &self.engine
+    }
+
+    pub(crate) fn shared_engine(&self) -> Arc<Engine> {
+        self.engine.clone()
     }
 
     /// Makes the images of a request. `callback` is called on this thread; `cancel` may be set from any.
@@ -257,6 +261,10 @@ fn token_loop(run: &mut Run, lists: &Lists, listener: &mut Listener<'_>) -> Resu
         }
         if row_ends {
             let state = run.state()?;
+            // First: what a stalled token holds means nothing.
+            if state.stalled != 0 {
+                return Err(Error::Stalled { op: "flow_chain", token: state.stalled as usize - 1 });
+            }
             if state.nonfinite != 0 {
                 return Err(Error::NonFinite { stage: "flow head", token: state.nonfinite as usize - 1 });
             }

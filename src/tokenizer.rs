@@ -23,6 +23,15 @@ const BEGIN_OF_IMAGE: &str = "<|begin_of_image|>";
 const END_OF_IMAGE: &str = "<|end_of_image|>";
 const IMAGE_PLACEHOLDER: &str = "<|image_placeholder|>";
 
+/// Special tokens around a prompt that the model has rewritten; not every tokenizer has them.
+pub const BEGIN_OF_REFINEMENT: &str = "<|begin_of_prompt_refinement|>";
+/// Its end.
+pub const END_OF_REFINEMENT: &str = "<|end_of_prompt_refinement|>";
+/// Special tokens around what the model thinks before it draws.
+pub const BEGIN_OF_THINKING: &str = "<|begin_of_thinking|>";
+/// Its end.
+pub const END_OF_THINKING: &str = "<|end_of_thinking|>";
+
 /// What `config.json` says about token ids; the tokenizer must agree.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct ModelTokenIds {
@@ -148,8 +157,30 @@ impl Tokenizer {
 
     /// The first special token that the text would be cut at, if any.
     pub fn special_token_in(&self, text: &str) -> Result<Option<Token>> {
+        self.special_token_but(text, &[])
+    }
+
+    /// The first special token of a text that is none of those `allowed`.
+    pub(crate) fn special_token_but(&self, text: &str, allowed: &[&str]) -> Result<Option<Token>> {
         let ids = self.encode(text, false)?;
-        Ok(ids.into_iter().find_map(|id| self.special.get(&id).map(|t| Token { text: t.clone(), id })))
+        let special = |id| self.special(id).map(|text| Token { text: text.to_owned(), id });
+        Ok(ids.into_iter().filter_map(special).find(|token| !allowed.contains(&token.text.as_str())))
+    }
+
+    /// The text of a special token; `None` for an ordinary one.
+    pub fn special(&self, id: u32) -> Option<&str> {
+        self.special.get(&id).map(String::as_str)
+    }
+
+    /// The special token with this text.
+    pub fn special_id(&self, text: &str) -> Option<u32> {
+        self.inner.token_to_id(text).filter(|&id| self.special(id) == Some(text))
+    }
+
+    /// Whether a token belongs to the layout of pictures.
+    pub(crate) fn is_of_picture(&self, id: u32) -> bool {
+        let ids = self.ids;
+        [ids.boi, ids.eoi, ids.image_placeholder_id].contains(&id) || self.special(id) == Some(IMAGE_AREA)
     }
 
     /// The ids that the model's config names.

@@ -203,6 +203,27 @@ fn decoder_layer(bench: &mut Bench, variant: &str, row_counts: &[usize]) {
 }
 
 #[test]
+fn the_lm_head_reads_its_weights_once() {
+    const VOCAB: usize = 152_064;
+    let Some(mut bench) = Bench::new() else { return };
+    let selection = Selection::default();
+    let launch = Launch { selection: &selection, dtype: DType::Bf16, sm_count: 132, dependent: false };
+    let lm_head = ops::lm_head::Args {
+        x: bench.zeros("x", HIDDEN * 4),
+        norm_w: bench.zeros("norm_w", HIDDEN * E),
+        w: bench.zeros("w_lm_head", VOCAB * HIDDEN * E),
+        norm_out: None,
+        logits: bench.zeros("logits", VOCAB * 4),
+        rows: 1,
+        hidden: HIDDEN,
+        vocab: VOCAB,
+        eps: 1e-5,
+    };
+    let audit = bench.run(&ops::lm_head::node(&launch, "lm_head", &lm_head).unwrap());
+    bench.expect(&audit, "w_lm_head", lm_head.w.bytes, ONCE);
+}
+
+#[test]
 fn the_flow_head_reads_modulations_once_and_the_chain_once_per_evaluation() {
     let Some(mut bench) = Bench::new() else { return };
     let selection = Selection::default();
@@ -277,6 +298,8 @@ fn the_flow_head_reads_modulations_once_and_the_chain_once_per_evaluation() {
         forced_x: None,
         state: bench.zeros("state", 128),
         barrier: bench.zeros("barrier", 128),
+        exchange: bench
+            .zeros("exchange", ops::flow_chain::exchange_bytes((WIDTH, WIDTH, TOKEN_DIM), images, branches)),
         h: floats(&mut bench, "h", rows * WIDTH),
         a: floats(&mut bench, "a", rows * WIDTH),
         v_raw: floats(&mut bench, "v_raw", rows * TOKEN_DIM),
@@ -302,9 +325,37 @@ fn the_flow_head_reads_modulations_once_and_the_chain_once_per_evaluation() {
         use_norm: true,
         rescale: false,
     };
-    let audit = bench.run(&ops::flow_chain::node(&launch, "flow_chain", &chain).unwrap());
-    for (name, span) in [("w0", w0), ("w2", w2), ("w_out", w_out)] {
-        bench.expect(&audit, name, span.bytes, ONCE * steps as f64);
+    // The base head's resident share: the first weights of every evaluation, read by the first one alone.
+    let resident = |audit: &LaunchAudit| -> f64 {
+        let read = |name: &str| audit.buffers.iter().find(|b| b.name == name).map_or(0, |b| b.read_bytes);
+        let chain = w0.bytes + w2.bytes + w_out.bytes;
+        let all = (steps * chain) as f64;
+        let kept = (all - (read("w0") + read("w2") + read("w_out")) as f64) / (steps - 1) as f64;
+        println!("{}: {kept} of {chain} bytes stay in shared memory", audit.label);
+        kept
+    };
+    for variant in ["plain", "ring", "resident"] {
+        let selection = Selection::one(&ops::flow_chain::OP, variant).unwrap();
+        let launch = Launch { selection: &selection, ..launch };
+        let label = format!("flow_chain {variant}");
+        let audit = bench.run(&ops::flow_chain::node(&launch, &label, &chain).unwrap());
+        for traffic in &audit.buffers {
+            println!(
+                "{label} {}: {} bytes read, {} written",
+                traffic.name, traffic.read_bytes, traffic.written_bytes
+            );
+        }
+        if variant == "resident" {
+            // At least 12 MB, of a whole number of segments per block.
+            assert!(resident(&audit) >= 12e6);
+            let first = audit.buffers.iter().find(|b| b.name == "w0").unwrap();
+            assert_eq!(first.read_unique_bytes, w0.bytes as u64);
+        } else {
+            for (name, span) in [("w0", w0), ("w2", w2), ("w_out", w_out)] {
+                bench.expect(&audit, name, span.bytes, ONCE * steps as f64);
+            }
+            assert!(resident(&audit) <= 0.0);
+        }
+        bench.expect(&audit, "w_next", w_next.bytes, ONCE);
     }
-    bench.expect(&audit, "w_next", w_next.bytes, ONCE);
 }

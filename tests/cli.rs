@@ -93,9 +93,13 @@ fn a_missing_model_is_an_error_that_names_it() {
 
 #[test]
 fn every_verb_teaches_with_help() {
-    for verb in
-        [&["--help"][..], &["generate", "--help"], &["verify", "--help"], &["kernels", "test", "--help"]]
-    {
+    for verb in [
+        &["--help"][..],
+        &["generate", "--help"],
+        &["complete", "--help"],
+        &["verify", "--help"],
+        &["kernels", "test", "--help"],
+    ] {
         let output = warpstep(verb);
         assert!(output.status.success() && text(&output.stdout).len() > 300, "{verb:?}");
     }

@@ -206,6 +206,7 @@ fn nodes(
         row_pos: pass.row_pos,
         out: pass.context,
         split: pass.split,
+        prefetch: None,
         rows,
         sequences: LENGTHS.len(),
         heads_q: HEADS_Q,

@@ -354,16 +354,18 @@ fn an_image_of_a_batch_is_the_single_run_bit_for_bit() {
 
 #[test]
 fn the_grid_changes_no_bit() {
-    let head = Head::load(&Golden::open("tiny-a/model"), DType::F32);
-    let run = |sm_count| {
-        let mut chain = Chain::new(&head, DType::F32, sm_count);
-        let token = random_token(&mut chain, 1, 2);
-        let found = chain.run(token);
-        (found.x, found.x_next)
-    };
-    let expected = run(1);
-    for sm_count in [2, 5, 48] {
-        assert!(run(sm_count) == expected, "{sm_count} SMs");
+    for dtype in [DType::F32, DType::Bf16] {
+        let head = Head::load(&Golden::open("tiny-a/model"), dtype);
+        let run = |sm_count| {
+            let mut chain = Chain::new(&head, dtype, sm_count);
+            let token = random_token(&mut chain, 1, 2);
+            let found = chain.run(token);
+            (found.x, found.x_next)
+        };
+        let expected = run(1);
+        for sm_count in [2, 5, 48] {
+            assert!(run(sm_count) == expected, "{} on {sm_count} SMs", dtype.name());
+        }
     }
 }
 

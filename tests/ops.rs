@@ -2,8 +2,10 @@
 
 use std::sync::Arc;
 use warpstep::device::emulated::{AsyncCopies, EmulatedDevice, EmulatedOptions, Order, build_kind};
-use warpstep::ops::harness::{Rig, Scale};
-use warpstep::ops::registry;
+use warpstep::ops::harness::{Rig, Scale, encode};
+use warpstep::ops::product::ProductScratch;
+use warpstep::ops::{DType, Launch, Selection, gate_up, registry};
+use warpstep::weights::pack::{Pairing, Tiles};
 
 /// Runs all cases up to `largest`; `WARPSTEP_CASES` keeps those whose name contains it.
 fn run_cases(options: EmulatedOptions, largest: Scale, data_seed: u64) {
@@ -65,4 +67,55 @@ fn every_small_case_agrees_in_any_order_on_any_number_of_sms() {
     let reverse =
         EmulatedOptions { order: Order::Reverse, async_copies: AsyncCopies::AtOnce, sm_count: 7, ..random };
     run_cases(reverse, Scale::Small, 3);
+}
+
+/// An image's bits must not depend on how many are in the batch: with packed weights a row's sums and its norm are
+/// the same whatever rows are beside it, and in whichever group of rows it is.
+#[test]
+fn a_row_of_a_packed_product_has_the_same_bits_beside_any_others() {
+    const HIDDEN: usize = 288;
+    const INTERMEDIATE: usize = 100;
+    const ROWS: usize = 133;
+    let tiles = Tiles::new(2 * INTERMEDIATE, HIDDEN, Pairing::Stacked).unwrap();
+    let options = EmulatedOptions { sm_count: 5, ..EmulatedOptions::default() };
+    for variant in ["stream", "ring", "mma"] {
+        let mut rig = Rig::new(Arc::new(EmulatedDevice::new(options.clone()).unwrap()), 4).unwrap();
+        let values = rig.normal(2 * INTERMEDIATE * HIDDEN, 0.1);
+        let (bytes, _) = encode(DType::Bf16, values);
+        let w = rig.bytes("w", &tiles.pack(&bytes).unwrap()).unwrap();
+        let norm_w = rig.random("norm_w", DType::Bf16, HIDDEN, 1.0).unwrap();
+        let x = rig.random("x", DType::F32, ROWS * HIDDEN, 2.0).unwrap();
+        let (floats, counters) = ProductScratch::sizes(5, ROWS);
+        let partial = rig.output("partial", DType::F32, floats).unwrap();
+        let arrivals = rig.indices("arrivals", &vec![0; counters]).unwrap();
+        let selection = Selection::one(&gate_up::OP, variant).unwrap();
+        let launch = Launch { selection: &selection, dtype: DType::Bf16, sm_count: 5, dependent: false };
+        let mut act = |first: usize, rows: usize| {
+            let act = rig.output("act", DType::Bf16, rows * INTERMEDIATE).unwrap();
+            let args = gate_up::Args {
+                x: x.span.slice(first * HIDDEN * 4, rows * HIDDEN * 4),
+                norm_w: norm_w.span,
+                w: gate_up::Weights::Tiles(w),
+                gate_bias: None,
+                up_bias: None,
+                act,
+                rows,
+                hidden: HIDDEN,
+                intermediate: INTERMEDIATE,
+                eps: 1e-6,
+                scratch: Some(ProductScratch { partial, arrivals }),
+            };
+            rig.run(&gate_up::node(&launch, "gate_up", &args).unwrap()).unwrap();
+            rig.read_bytes(act).unwrap()
+        };
+        let together = act(0, ROWS);
+        let row_bytes = INTERMEDIATE * 2;
+        for (first, rows) in [(0, 1), (5, 1), (9, 2), (60, 3), (127, 6), (132, 1), (3, 20)] {
+            let alone = act(first, rows);
+            assert!(
+                alone == together[first * row_bytes..][..rows * row_bytes],
+                "{variant}: rows from {first}"
+            );
+        }
+    }
 }

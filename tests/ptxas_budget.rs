@@ -42,6 +42,26 @@ fn every_kernel_keeps_to_registers() {
     assert!(found.is_empty(), "{}", found.join("\n"));
 }
 
+/// What the designs count on: most registers of a thread, most bytes of static shared memory.
+const DESIGNS: &[(&str, u32, u32)] = &[
+    // Nine warps, one block per SM; `ops/flow_chain/ring.rs` leaves 9.5 KiB for the static arrays.
+    ("flow_ring_bf16", 168, 9 * 1024 + 512),
+    // Eight warps, one block per SM, 160 rows of sums in registers.
+    ("flow_modulation_mma_bf16", 255, 0),
+];
+
+#[test]
+fn kernels_keep_to_their_designs() {
+    if no_cubins() {
+        return;
+    }
+    let resources = cubins::resources();
+    for (symbol, registers, shared_bytes) in DESIGNS {
+        let found = resources.iter().find(|kernel| kernel.symbol == *symbol).expect(symbol);
+        assert!(found.registers <= *registers && found.shared_bytes <= *shared_bytes, "{found:?}");
+    }
+}
+
 /// The images hold what the sources define: a kernel that only one of the two compilers saw would be a hole.
 #[test]
 fn every_kernel_of_the_sources_is_in_a_cubin() {
@@ -61,6 +81,31 @@ fn every_kernel_of_the_sources_is_in_a_cubin() {
     let found: BTreeSet<String> =
         cubins::resources().iter().map(|kernel| format!("{}: {}", kernel.module, kernel.symbol)).collect();
     assert_eq!(found, expected);
+}
+
+/// The products over packed weights: two blocks of 256 threads per SM in registers, so that a launch's first loads are
+/// under way while its predecessor ends, and little static shared memory beside what geometry plans; tensor-core
+/// tiles one block.
+#[test]
+fn packed_products_fit_an_sm_as_designed() {
+    if no_cubins() {
+        return;
+    }
+    let resources = cubins::resources();
+    for op in ["qkv", "o_proj", "gate_up", "down", "out_proj", "linear"] {
+        for (variant, registers, shared) in [("stream", 128, 1280), ("ring", 128, 1280), ("mma", 255, 1280)] {
+            let symbol = format!("{op}_{variant}_bf16");
+            let kernel =
+                resources.iter().find(|k| k.symbol == symbol).unwrap_or_else(|| panic!("no {symbol}"));
+            println!("{symbol}: {} registers, {} bytes", kernel.registers, kernel.shared_bytes);
+            assert!(kernel.registers <= registers, "{symbol}: {} registers", kernel.registers);
+            assert!(
+                kernel.shared_bytes <= shared,
+                "{symbol}: {} bytes of shared memory",
+                kernel.shared_bytes
+            );
+        }
+    }
 }
 
 #[test]

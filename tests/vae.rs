@@ -22,7 +22,7 @@ use warpstep::{Result, device::Buffer};
 #[test]
 fn ops_agree_at_shipped_shapes() {
     let mut ran = 0;
-    for name in ["conv2d", "group_stats", "vae_attention", "encode_latent"] {
+    for name in ["conv2d", "group_stats", "merge_stats", "vae_attention", "encode_latent"] {
         let op = ops::find(name).unwrap();
         for case in (op.cases)().into_iter().filter(|c| c.scale == Scale::Real) {
             let device =
@@ -45,6 +45,7 @@ struct Rigged {
     decoder: VaeDecoder,
     config: VaeConfig,
     dtype: DType,
+    selection: Selection,
     _weights: Vec<Buffer>,
 }
 
@@ -55,7 +56,8 @@ impl Rigged {
         let mut up = Uploader::new(device.clone(), stream.as_mut(), dtype);
         let decoder = VaeDecoder::load(&config, weights, 2, &mut up).unwrap();
         let (buffers, _) = up.finish();
-        Rigged { device, stream, decoder, config, dtype, _weights: buffers }
+        let selection = Selection::default();
+        Rigged { device, stream, decoder, config, dtype, selection, _weights: buffers }
     }
 
     fn open(dir: &Path, dtype: DType, options: EmulatedOptions) -> Rigged {
@@ -82,7 +84,7 @@ impl Rigged {
     ) -> (Vec<f32>, Vec<u8>) {
         let bytes = warpstep::model::vae::plan(&self.config, images, (height, width), self.dtype).unwrap();
         let arena = self.arena(bytes);
-        let selection = Selection::default();
+        let selection = self.selection.clone();
         let launch = Launch { selection: &selection, dtype: self.dtype, sm_count: 132, dependent: true };
         let mut list = NodeList::new();
         let size = (height, width);
@@ -406,8 +408,21 @@ fn the_decoder_agrees_with_its_reference_at_odd_sizes() {
 #[test]
 fn the_full_width_decoder_agrees_with_its_reference() {
     let (config, weights) = full_width();
-    let check = check_against_reference(config, &weights, DType::Bf16, (8, 8));
+    let check = check_against_reference(config.clone(), &weights, DType::Bf16, (8, 8));
     assert!(check.ok, "{check:?}");
+
+    // Four times the pixels, which the reference would take minutes for: the two sets of kernels against each other.
+    // Values are of the same size there, and both may err as much as at 8x8.
+    let options = EmulatedOptions { sm_count: 132, ..Default::default() };
+    let mut rig = Rigged::new(config, &weights, DType::Bf16, options);
+    let latent = Rig::new(rig.device.clone(), 6).unwrap().normal(16 * 16 * rig.config.z_channels, 1.0);
+    let latent = encode(DType::Bf16, latent).1;
+    let (fast, _) = rig.decode(1, (16, 16), &latent, |_, _, _| {});
+    rig.selection = Selection::parse(&["conv2d=plain", "vae_attention=plain"]).unwrap();
+    let (plain, _) = rig.decode(1, (16, 16), &latent, |_, _, _| {});
+    assert_ne!(fast, plain, "the default kernels are others than the plain ones");
+    let (largest, mean) = difference(&fast, &plain);
+    assert!(f64::from(largest) <= 2.0 * check.allowed, "{largest:e} (mean {mean:e}), {check:?}");
 }
 
 /// Moments of one picture of random pixels, `[h, w, 2 * z_channels]`, against the reference's.

@@ -177,6 +177,27 @@ fn a_tensor_that_must_be_compared_and_is_missing_is_an_error() {
 }
 
 #[test]
+fn a_wrong_logit_or_id_is_noticed() {
+    // The second byte of an id moves it by 256; the third of a float by about one per cent.
+    for (tensor, byte) in [
+        ("logits_all", 2),
+        ("greedy_logits", 2),
+        ("norm", 2),
+        ("greedy_margin", 2),
+        ("greedy_ids", 15 * 8),
+        ("official_generate_ids", 49 * 8),
+        ("input_ids", 0),
+    ] {
+        let (_dir, path) = altered("text_tiny-a.safetensors", |bytes| {
+            let at = data_offset(bytes, tensor) + byte;
+            bytes[at] ^= 0x20;
+        });
+        let failed = failures(run_altered(&path).unwrap());
+        assert!(failed.contains(&tensor.to_string()), "{tensor}: only {failed:?} failed");
+    }
+}
+
+#[test]
 fn a_case_may_not_name_folders_outside_the_model_root() {
     let (_dir, path) = altered("t2i_feb_nocfg_batch3.safetensors", |bytes| {
         // The description is JSON inside JSON; both names are six characters.

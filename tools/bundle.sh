@@ -8,6 +8,9 @@
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
+# Reports name the commit that they are about.
+WARPSTEP_COMMIT=$(git describe --always --abbrev=12 --dirty --exclude='*')
+export WARPSTEP_COMMIT
 # A bundle without GPU kernels would be for nothing.
 messages=$(WARPSTEP_REQUIRE_CUBINS=1 cargo build --release --locked --message-format=json-render-diagnostics)
 read -r binary out < <(python3 -c '
@@ -25,7 +28,8 @@ stage=$(mktemp -d)
 trap 'rm -rf "$stage"' EXIT
 mkdir -p .dist "$stage"/bundle
 strip -o "$stage"/bundle/warpstep "$binary"
-cp "$out"/ptxas-report.txt "$stage"/bundle/
+cp "$out"/ptxas-report.txt tools/peers.py tools/plot.py "$stage"/bundle/
+printf '%s\n' "$WARPSTEP_COMMIT" >"$stage"/bundle/COMMIT
 cp -R tests/golden "$stage"/bundle/golden
 # Cases whose model is not in tests/golden, or only in part: they cannot run from here.
 rm -rf "$stage"/bundle/golden/{gqa5-b,demo128} "$stage"/bundle/golden/cases/{*gqa5-b*,demo_*}

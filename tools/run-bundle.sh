@@ -1,26 +1,34 @@
 #!/usr/bin/env bash
-# Tests a bundle (tools/bundle.sh) on this machine, most telling first, within a time budget:
+# Tests and times a bundle (tools/bundle.sh) on this machine, most telling first, within a time budget:
 #
-#   ./run.sh [--out DIR] [--minutes N] [--device cuda|emulated]
+#   ./run.sh [--out DIR] [--results DIR] [--minutes N] [--device cuda|emulated] [--quick]
 #
 #   --out DIR      where the reports go: summary.txt, summary.json and one file per step (default: report)
+#   --results DIR  where what was measured goes, as DATE-GPU-COMMIT-WHAT.json (default: the reports' folder); files
+#                  that are worth keeping belong into benches/results
 #   --minutes N    stop starting new steps, and end the one at hand, after so many minutes (default: 25)
 #   --device NAME  cuda; "emulated" tries the script itself on a machine without a GPU (default: cuda)
+#   --quick        small cases only, and short benches: minutes on the emulated device
 #
 # Steps: facts, conformance of every device primitive (its outputs are kept: conformance.safetensors belongs into
-# tests/golden/conformance), every kernel against its reference, the recorded cases of the official code, a picture,
-# the same picture again, the 14B shapes, and compute-sanitizer where it is installed. Needs no Rust and no toolkit. The
-# exit status is 0 when every step ran and passed.
+# tests/golden/conformance), every kernel against its reference, the recorded cases of the official code, the bench of
+# the model with random weights, PyTorch on the same GPU where it is installed ($PYTHON, default python3), the bench of
+# the kernels, a picture, the same picture again, the 14B shapes, and compute-sanitizer where it is installed. Needs no
+# Rust and no toolkit. The exit status is 0 when every step ran and passed.
 set -uo pipefail
 here=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
-out=report minutes=25 device=cuda
+out=report results= minutes=25 device=cuda quick=
 while (($#)); do
     case $1 in
         --help | -h)
             sed -n '2,/^set /{/^#/s/^# \{0,1\}//p}' "${BASH_SOURCE[0]}"
             exit
             ;;
-        --out | --minutes | --device)
+        --quick)
+            quick=yes
+            shift
+            ;;
+        --out | --results | --minutes | --device)
             (($# > 1)) || { echo "run.sh: $1 needs a value" >&2; exit 2; }
             printf -v "${1#--}" %s "$2"
             shift 2
@@ -34,9 +42,17 @@ done
 [[ $minutes =~ ^[1-9][0-9]*$ ]] || { echo "run.sh: --minutes $minutes is no number of minutes" >&2; exit 2; }
 [[ $device == cuda || $device == emulated ]] || { echo "run.sh: --device is cuda or emulated" >&2; exit 2; }
 mkdir -p "$out" && out=$(cd "$out" && pwd) || exit 2
+results=${results:-$out}
+mkdir -p "$results" && results=$(cd "$results" && pwd) || exit 2
 tar --extract --gzip --file "$here/bundle.tar.gz" --directory "$here" || exit 2
 bundle=$here/bundle
 warpstep=$bundle/warpstep
+python=${PYTHON:-python3}
+gpu=$device
+if [[ $device == cuda ]] && command -v nvidia-smi >/dev/null; then
+    gpu=$(nvidia-smi --query-gpu=name --format=csv,noheader | head -n 1 | sed 's/^NVIDIA //; s/[^A-Za-z0-9.]\+/-/g')
+fi
+stem=$results/$(date -u +%Y%m%d)-$gpu-$(<"$bundle"/COMMIT)
 deadline=$((SECONDS + minutes * 60))
 names=() states=() seconds=() lines=()
 
@@ -69,14 +85,35 @@ if command -v nvidia-smi >/dev/null; then
 fi
 step doctor "$warpstep" doctor
 step conformance "$warpstep" kernels conformance --device "$device" --out "$out/conformance.safetensors"
-step kernels "$warpstep" kernels test --device "$device" --quiet
-step cases "$warpstep" verify --device "$device" "$bundle"/golden/cases/*
+scale=medium
+[[ -z $quick ]] || scale=small
+step kernels "$warpstep" kernels test --device "$device" --quiet --scale "$scale"
+cases=("$bundle"/golden/cases/*)
+[[ -z $quick ]] || cases=("$bundle"/golden/cases/{samplers,t2i_feb_cps_norm}.safetensors)
+step cases "$warpstep" verify --device "$device" "${cases[@]}"
+# Without --device cuda both are small and say that their times mean nothing.
+bench=(bench --device "$device" --format json)
+[[ $device == cuda ]] && bench+=(--synthetic 14b --pictures 3)
+[[ -z $quick ]] || bench+=(--repeat 3 --seconds 0.2)
+step bench "$warpstep" "${bench[@]}" --output "$stem-model.json"
+if "$python" -c 'import torch' 2>/dev/null; then
+    peers=("$bundle"/peers.py --ours "$stem-model.json" --output "$stem-peers.json")
+    [[ $device == cuda ]] || peers+=(--toy)
+    step peers "$python" "${peers[@]}"
+fi
+bench=(kernels bench --device "$device" --format json)
+[[ -z $quick ]] || bench+=(--repeat 3 --seconds 0.05)
+[[ $device == cuda || -n $quick ]] && bench+=(--dtype bf16)
+step bench-kernels "$warpstep" "${bench[@]}" --output "$stem-kernels.json"
+if "$python" -c 'import matplotlib' 2>/dev/null; then
+    step plots "$python" "$bundle"/plot.py --out "$out/plots" "$stem"-*.json
+fi
 picture=(generate "a red circle on a blue background" --seed 1 --device "$device")
 step picture "$warpstep" "${picture[@]}" -o "$out/picture.png"
 # The same request again must give the same bytes.
 step picture-again "$warpstep" "${picture[@]}" -o "$out/again.png"
 step same-bytes cmp "$out/picture.png" "$out/again.png"
-step kernels-14b "$warpstep" kernels test --scale real --only-scale --device "$device" --quiet
+[[ -n $quick ]] || step kernels-14b "$warpstep" kernels test --scale real --only-scale --device "$device" --quiet
 if command -v compute-sanitizer >/dev/null && [[ $device == cuda ]]; then
     for tool in memcheck racecheck synccheck initcheck; do
         step "sanitizer-$tool" compute-sanitizer --tool "$tool" --error-exitcode 99 \

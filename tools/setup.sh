@@ -1,8 +1,9 @@
 #!/usr/bin/env bash
 # Installs what is pinned in tools/requirements-*.txt into this checkout: no root, nothing outside the repository.
 #
-#   .cuda/    the CUDA compiler and libclang
-#   .check/   what tools/demo/check.py needs to judge pictures
+#   .cuda/         the CUDA compiler and libclang
+#   .cuda-tools/   cuobjdump and nvdisasm, with which tests/fast_kernels.rs reads the kernels' instructions
+#   .check/        what tools/demo/check.py needs to judge pictures
 #
 # Safe to run again: it does nothing for a folder that matches its requirements.
 set -euo pipefail
@@ -34,4 +35,5 @@ if install .cuda tools/requirements-cuda.txt --no-deps; then
     # cargo cannot watch for a compiler that was not there: have it run the build script again.
     touch build.rs
 fi
+install .cuda-tools tools/requirements-sass.txt --no-deps || true
 install .check tools/requirements-check.txt || true

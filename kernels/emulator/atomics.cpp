@@ -68,9 +68,17 @@ void store_release(uint32_t* p, uint32_t v, Site site) {
   runner->events += __atomic_exchange_n(p, v, __ATOMIC_ACQ_REL) != v;
 }
 
+// Looking at a word once is free, so that a kernel may take many words that are there without a switch for each; looking
+// again at the same one, or at many, lets the others run.
 uint64_t poll_relaxed(const uint64_t* p, Site site) {
+  constexpr uint32_t kFreePolls = 32;
   require_aligned(p, site);
-  yield("poll_relaxed", site);
+  Fiber* f = current();
+  if (f->polled == p || ++f->polls == kFreePolls) {
+    f->polls = 0;
+    yield("poll_relaxed", site);
+  }
+  f->polled = p;
   touch(p, 8, Access::kAtomicRead, site);
   return __atomic_load_n(p, __ATOMIC_RELAXED);
 }

@@ -203,6 +203,11 @@ DEV void mbar_wait(uint64_t* bar, uint32_t parity SITE_) { emu::mbar_wait(bar, p
 DEV void bulk_g2s(void* dst, const void* src, uint32_t bytes, uint64_t* bar SITE_) {
   emu::bulk_g2s(dst, src, bytes, bar, site);
 }
+DEV uint64_t l2_evict_first() { return 0; }
+DEV uint64_t l2_evict_last() { return 0; }
+DEV void bulk_g2s_hint(void* dst, const void* src, uint32_t bytes, uint64_t* bar, uint64_t SITE_) {
+  emu::bulk_g2s(dst, src, bytes, bar, site);
+}
 
 // ---- tensor cores ----
 namespace emu {
@@ -217,13 +222,17 @@ inline float bf16_bits_to_f32(uint32_t bits) {
 struct LdmatrixArg {
   uint32_t* r;
   const uint16_t* row;
+  uint32_t stride;
 };
-// Lane 4r+c gets elements 2c and 2c+1 of row r of each matrix (of column r with .trans).
-template <bool kTrans>
+// kCount loads in one collective. Lane 4r+c gets elements 2c and 2c+1 of row r of each matrix (of column r with .trans).
+template <bool kTrans, int kCount>
 EMU_CALLBACK inline void ldmatrix_lanes(void* const* arg, uint32_t) {
-  for (int matrix = 0; matrix < 4; matrix++) {
+  for (int matrix = 0; matrix < 4 * kCount; matrix++) {
     const uint16_t* rows[8];
-    for (int i = 0; i < 8; i++) rows[i] = static_cast<LdmatrixArg*>(arg[matrix * 8 + i])->row;
+    for (int i = 0; i < 8; i++) {
+      const LdmatrixArg& from = *static_cast<LdmatrixArg*>(arg[matrix % 4 * 8 + i]);
+      rows[i] = from.row + static_cast<size_t>(matrix / 4) * from.stride;
+    }
     for (int lane = 0; lane < 32; lane++) {
       const int r = lane >> 2, c = (lane & 3) * 2;
       const uint32_t lo = kTrans ? rows[c][r] : rows[r][c], hi = kTrans ? rows[c + 1][r] : rows[r][c + 1];
@@ -231,13 +240,17 @@ EMU_CALLBACK inline void ldmatrix_lanes(void* const* arg, uint32_t) {
     }
   }
 }
-template <bool kTrans>
-inline void ldmatrix_x4(uint32_t (&r)[4], const void* row, Site site) {
-  shared_offset(row, site);
-  require_aligned(row, 16, site);
-  observe_read(row, 16, site);
-  LdmatrixArg mine{r, static_cast<const uint16_t*>(row)};
-  warp_collective(ldmatrix_lanes<kTrans>, &mine, FULL, false, kTrans ? "ldmatrix_x4_trans" : "ldmatrix_x4", site);
+template <bool kTrans, int kCount>
+inline void ldmatrix(uint32_t* r, const void* first, uint32_t stride, const char* what, Site site) {
+  const uint16_t* row = static_cast<const uint16_t*>(first);
+  for (int i = 0; i < kCount; i++) {
+    const uint16_t* at = row + static_cast<size_t>(i) * stride;
+    shared_offset(at, site);
+    require_aligned(at, 16, site);
+    observe_read(at, 16, site);
+  }
+  LdmatrixArg mine{r, row, stride};
+  warp_collective(ldmatrix_lanes<kTrans, kCount>, &mine, FULL, false, what, site);
 }
 
 struct MmaArg {
@@ -277,8 +290,20 @@ EMU_CALLBACK inline void mma_lanes(void* const* arg, uint32_t) {
 }
 
 }  // namespace emu
-DEV void ldmatrix_x4(uint32_t (&r)[4], const void* row SITE_) { emu::ldmatrix_x4<false>(r, row, site); }
-DEV void ldmatrix_x4_trans(uint32_t (&r)[4], const void* row SITE_) { emu::ldmatrix_x4<true>(r, row, site); }
+DEV void ldmatrix_x4(uint32_t (&r)[4], const void* row SITE_) {
+  emu::ldmatrix<false, 1>(r, row, 0, "ldmatrix_x4", site);
+}
+DEV void ldmatrix_x4_trans(uint32_t (&r)[4], const void* row SITE_) {
+  emu::ldmatrix<true, 1>(r, row, 0, "ldmatrix_x4_trans", site);
+}
+template <int N, int W>
+DEV void ldmatrix_x4_all(uint32_t (&r)[N][W], const bf16* row, uint32_t stride SITE_) {
+  emu::ldmatrix<false, N * W / 4>(r[0], row, stride, "ldmatrix_x4_all", site);
+}
+template <int N, int W>
+DEV void ldmatrix_x4_trans_all(uint32_t (&r)[N][W], const bf16* row, uint32_t stride SITE_) {
+  emu::ldmatrix<true, N * W / 4>(r[0], row, stride, "ldmatrix_x4_trans_all", site);
+}
 template <int M, int N>
 DEV void mma_bf16_all(float (&c)[M][N][4], const uint32_t (&a)[M][4], const uint32_t (&b)[N][2] SITE_) {
   emu::MmaArg mine{c[0][0], a[0], b[0]};

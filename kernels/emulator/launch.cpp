@@ -156,6 +156,7 @@ Block* Runner::take_block(uint32_t index) {
     f.cluster_size = static_cast<uint32_t>(volume(g.cluster));
     f.block = b, f.stack = nullptr, f.fake_stack = nullptr;
     f.state = State::kReady, f.what = nullptr, f.site = {};
+    f.polled = nullptr, f.polls = 0;
     f.copies.clear();
     f.copy_groups.clear();
   }

@@ -57,6 +57,8 @@ struct Fiber : Thread {
   int barrier;
   uint64_t* mbar;
   uint32_t parity;
+  const void* polled;  // by the last poll_relaxed
+  uint32_t polls;      // since it let others run
   std::vector<CpAsync> copies;
   std::vector<size_t> copy_groups;  // end index in `copies` of each committed group
 };

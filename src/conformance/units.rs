@@ -164,7 +164,17 @@ pub static UNITS: &[Unit] = &[
         primitives: &["ldmatrix_x4", "ldmatrix_x4_trans"],
         steps: &[Step { symbol: "conformance_ldmatrix", geometry: || Geometry::linear(1, 32) }],
         input: || (0..32 * 4).map(|i| (2 * i) | (2 * i + 1) << 16).collect(),
-        expected: ldmatrix,
+        expected: |input| bits([false, true].into_iter().flat_map(|t| ldmatrix(input, t))),
+    },
+    Unit {
+        name: "ldmatrix_all",
+        primitives: &["ldmatrix_x4_all", "ldmatrix_x4_trans_all"],
+        steps: &[Step { symbol: "conformance_ldmatrix_all", geometry: || Geometry::linear(1, 32) }],
+        input: || (0..64 * 4).map(|i| (2 * i) | (2 * i + 1) << 16).collect(),
+        expected: |input| {
+            let loads = |t| input.chunks(32 * 4).flat_map(move |load| ldmatrix(load, t));
+            bits(loads(false).chain(loads(true)))
+        },
     },
     Unit {
         name: "mma",
@@ -326,12 +336,12 @@ fn reductions(input: &[u32]) -> Expected {
 
 /// PTX ISA, ldmatrix: lane i holds of matrix m row i / 4, columns 2 (i % 4) and the next; transposed, column i / 4,
 /// rows 2 (i % 4) and the next.
-fn ldmatrix(input: &[u32]) -> Expected {
+fn ldmatrix(input: &[u32], transposed: bool) -> Vec<u32> {
     let element = |matrix: usize, row: usize, column: usize| {
         let word = input[(matrix * 8 + row) * 4 + column / 2];
         word >> (column % 2 * 16) & 0xffff
     };
-    let fragment = |transposed: bool, lane: usize, matrix: usize| {
+    let fragment = |lane: usize, matrix: usize| {
         let (major, minor) = (lane / 4, lane % 4 * 2);
         let at = |offset: usize| match transposed {
             false => element(matrix, major, minor + offset),
@@ -339,10 +349,7 @@ fn ldmatrix(input: &[u32]) -> Expected {
         };
         at(0) | at(1) << 16
     };
-    let all = [false, true].into_iter().flat_map(move |transposed| {
-        (0..32).flat_map(move |lane| (0..4).map(move |matrix| (transposed, lane, matrix)))
-    });
-    bits(all.map(|(transposed, lane, matrix)| fragment(transposed, lane, matrix)))
+    (0..32).flat_map(|lane| (0..4).map(move |matrix| (lane, matrix))).map(|(l, m)| fragment(l, m)).collect()
 }
 
 /// A `[16 m, 16]`, B `[8 n, 16]` by column and C `[16 m, 8 n]`: small whole numbers, so that every order of summation

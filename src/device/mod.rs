@@ -1,6 +1,7 @@
 //! What the executor asks of a device: memory, node lists, replay, events.
 //!
-//! Two devices implement this: `emulated` (the same `.cu` files on host fibers) and `cuda`. The executor
+//! Two devices implement this: `emulated` (the same `.cu` files on host fibers) and `cuda`; a third, `paper`, only
+//! hands out addresses, so that node lists can be counted without memory. The executor
 //! never captures streams: it records [`Node`]s with explicit dependencies, and a device turns the [`NodeList`]
 //! into whatever it can replay cheaply. Nothing in a node changes between replays: position, token index and
 //! lengths live in device memory.
@@ -11,6 +12,7 @@ pub mod cubins;
 pub mod cuda;
 pub mod emulated;
 mod node;
+pub mod paper;
 pub mod planning;
 
 pub use node::{Geometry, KernelId, MAX_PARAMS_BYTES, Node, NodeList, ParamBytes, Span};
@@ -135,6 +137,9 @@ pub trait Stream: Send {
     /// Marks the current end of the queue.
     fn record(&mut self) -> Result<Box<dyn Event>>;
 
+    /// The same with the time at which the stream passes the point; see [`Event::milliseconds_since`].
+    fn record_timed(&mut self) -> Result<Box<dyn Event>>;
+
     /// Waits until everything enqueued has run.
     fn synchronize(&mut self) -> Result<()>;
 }
@@ -152,4 +157,11 @@ pub trait Event: Send {
 
     /// Blocks until the stream has passed the point.
     fn wait(&self) -> Result<()>;
+
+    /// Milliseconds between two points made by [`Stream::record_timed`] that the stream has passed, by the device's
+    /// own clock. An error if either has no time or belongs to another kind of device.
+    fn milliseconds_since(&self, earlier: &dyn Event) -> Result<f64>;
+
+    /// For the device's own downcast.
+    fn as_any(&self) -> &dyn Any;
 }

@@ -93,6 +93,10 @@ impl Stream for PlanningStream {
         refuse()
     }
 
+    fn record_timed(&mut self) -> Result<Box<dyn Event>> {
+        refuse()
+    }
+
     /// Nothing was enqueued.
     fn synchronize(&mut self) -> Result<()> {
         Ok(())

@@ -122,6 +122,11 @@ impl Arena {
         Span { ptr: self.buffer.ptr().offset(p.offset), bytes: p.bytes }
     }
 
+    /// All of it.
+    pub fn whole(&self) -> Span {
+        self.buffer.span()
+    }
+
     /// The buffers whose life ends with `stage`.
     pub fn dying_after(&self, stage: Stage) -> impl Iterator<Item = Span> + '_ {
         self.layout

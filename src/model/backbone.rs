@@ -191,6 +191,16 @@ impl Backbone {
         self.pos_rows
     }
 
+    /// `[V, D]` E: the embedding table.
+    pub fn embedding(&self) -> Span {
+        self.embed
+    }
+
+    /// `[D]` E: weights of the final norm.
+    pub fn final_norm(&self) -> Span {
+        self.norm
+    }
+
     /// Number of decoder layers.
     pub fn layers(&self) -> usize {
         self.layers.len()
@@ -266,6 +276,7 @@ impl Backbone {
                 row_pos: rows.row_pos,
                 out: rows.context,
                 split: rows.split,
+                prefetch: Some(layer.o.span),
                 rows: rows.rows,
                 sequences: cache.sequences,
                 heads_q: d.heads_q,

@@ -95,6 +95,8 @@ pub struct FlowBuffers {
     pub state: Span,
     /// GridBarrier.
     pub barrier: Span,
+    /// Memory of [`ops::flow_chain::exchange_bytes`].
+    pub exchange: Span,
     /// `[S, F]` float.
     pub h: Span,
     /// `[S, H]` float.
@@ -362,6 +364,7 @@ impl FlowHead {
             forced_x: b.taps.forced_x,
             state: b.state,
             barrier: b.barrier,
+            exchange: b.exchange,
             h: b.h,
             a: b.a,
             v_raw: b.v_raw,

@@ -3,6 +3,7 @@
 use super::backbone::Backbone;
 use super::config::{ModelConfig, VaeConfig};
 use super::flow_head::FlowHead;
+use super::lm_head::LmHead;
 use super::upload::Uploader;
 use super::vae::{VaeDecoder, VaeEncoder};
 use crate::device::{Buffer, Device, Stream};
@@ -21,6 +22,8 @@ pub struct NextStep {
     pub vae: VaeDecoder,
     /// The VAE encoder, if the checkpoint has one.
     pub encoder: Option<VaeEncoder>,
+    /// The LM head, if text was asked for.
+    pub text: Option<LmHead>,
     /// Sizes of the transformer and the flow head.
     pub config: ModelConfig,
     /// Sizes of the VAE.
@@ -35,7 +38,7 @@ pub struct NextStep {
 
 impl NextStep {
     /// Uploads every tensor that text-to-image and editing read, in the layouts that the variants in `kernels` and
-    /// the defaults read.
+    /// the defaults read; with `text` the LM head too.
     pub fn load(
         device: &Arc<dyn Device>,
         stream: &mut dyn Stream,
@@ -43,19 +46,56 @@ impl NextStep {
         (vae_config, vae_weights): (&VaeConfig, &VaeWeights),
         dtype: DType,
         kernels: &Selection,
+        text: bool,
     ) -> Result<NextStep> {
-        let mut up = Uploader::new(device.clone(), stream, dtype, kernels);
+        let up = Uploader::new(device.clone(), stream, dtype, kernels);
+        let model = NextStep::upload(up, (config, weights), (vae_config, vae_weights), dtype, kernels, text)?;
+        stream.synchronize()?;
+        Ok(model)
+    }
+
+    /// A model of these shapes with random weights, made on the device from `seed`: for measuring, where only bytes
+    /// and operations count.
+    pub fn random(
+        device: &Arc<dyn Device>,
+        stream: &mut dyn Stream,
+        (config, vae_config): (&ModelConfig, &VaeConfig),
+        dtype: DType,
+        kernels: &Selection,
+        seed: u64,
+    ) -> Result<NextStep> {
+        let weights = ModelWeights::of_shapes(config)?;
+        let vae_weights = VaeWeights::of_shapes(vae_config)?;
+        let up = Uploader::random(device.clone(), stream, dtype, kernels, seed);
+        let (weights, vae_weights) = ((config, &weights), (vae_config, &vae_weights));
+        let model = NextStep::upload(up, weights, vae_weights, dtype, kernels, false)?;
+        stream.synchronize()?;
+        Ok(model)
+    }
+
+    fn upload(
+        mut up: Uploader<'_>,
+        (config, weights): (&ModelConfig, &ModelWeights),
+        (vae_config, vae_weights): (&VaeConfig, &VaeWeights),
+        dtype: DType,
+        kernels: &Selection,
+        text: bool,
+    ) -> Result<NextStep> {
         let backbone = Backbone::load(config, weights, &mut up)?;
         let flow = FlowHead::load(config, weights, &mut up)?;
         let vae = VaeDecoder::load(vae_config, vae_weights, config.latent_patch_size, &mut up)?;
         let encoder = VaeEncoder::load(vae_config, vae_weights, &mut up)?;
+        let text = match text {
+            true => Some(LmHead::load(config, weights, &backbone, &mut up)?),
+            false => None,
+        };
         let (buffers, bytes) = up.finish();
-        stream.synchronize()?;
         Ok(NextStep {
             backbone,
             flow,
             vae,
             encoder,
+            text,
             config: config.clone(),
             vae_config: vae_config.clone(),
             dtype,

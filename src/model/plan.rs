@@ -116,6 +116,7 @@ pub(super) struct Slots {
     pub(super) draws: Slot,
     pub(super) state: Slot,
     pub(super) barrier: Slot,
+    pub(super) exchange: Slot,
     pub(super) h: Slot,
     pub(super) a: Slot,
     pub(super) v_raw: Slot,
@@ -183,7 +184,10 @@ pub(super) fn plan_memory(model: &NextStep, info: &DeviceInfo, spec: &RunSpec) -
         .ok_or_else(|| Error::request("size", "the key/value cache overflows"))?;
     // By branches, not rows: the order of summation, and so the bits, must not depend on the batch.
     let splits = ops::attention::splits(info.sm_count, spec.branches, config.num_key_value_heads, capacity);
-    let (partial_floats, arrivals) = ProductScratch::sizes(info.sm_count, product_rows(model, spec));
+    let (partial_floats, arrivals) = ProductScratch::sizes(
+        info.sm_count,
+        product_rows(model, sequences, &[rows, spec.steps.len(), spec.sources.tokens()]),
+    );
     let q_values = config.num_attention_heads * config.head_dim;
     let mut layout = Layout::default();
     let prefill = Life::only(Stage::Prefill);
@@ -245,12 +249,22 @@ pub(super) fn plan_memory(model: &NextStep, info: &DeviceInfo, spec: &RunSpec) -
         )?,
         state: layout.add("state", 1, size_of::<GenerationState>(), Life::ALWAYS)?,
         barrier: layout.add("flow.barrier", 1, size_of::<GridBarrier>(), both)?,
+        exchange: layout.add(
+            "flow.exchange",
+            ops::flow_chain::exchange_bytes(
+                (dims.width, dims.mlp_width, dims.token_dim),
+                images,
+                spec.branches,
+            ),
+            1,
+            both,
+        )?,
         h: layout.add("flow.h", sequences * dims.width, float, decode)?,
         a: layout.add("flow.a", sequences * dims.mlp_width, float, decode)?,
         v_raw: layout.add("flow.v_raw", sequences * dims.token_dim, float, decode)?,
         tokens: layout.add("tokens", images * tokens * dims.token_dim, element, Life::ALWAYS)?,
         vae: layout.add("vae", vae_bytes, 1, vae_life)?,
-        sources: plan_sources(model, spec, &mut layout)?,
+        sources: plan_sources(model, &spec.sources, &mut layout)?,
         taps: match spec.taps {
             false => None,
             true => {
@@ -276,20 +290,20 @@ pub(super) fn plan_memory(model: &NextStep, info: &DeviceInfo, spec: &RunSpec) -
     Ok(Planned { layout, slots, capacity, splits, cache_bytes })
 }
 
-/// Rows of the widest product that shares tiles between blocks: the prompt's only where a variant is chosen by name
-/// that does so for any number of rows.
-fn product_rows(model: &NextStep, spec: &RunSpec) -> usize {
-    let sequences = spec.prompts.len();
+/// Rows of the widest product that shares tiles between blocks: those of a prompt or its pictures only where a variant
+/// is chosen by name that does so for any number of rows.
+pub(super) fn product_rows(model: &NextStep, sequences: usize, many: &[usize]) -> usize {
     let chosen = ops::PRODUCTS.iter().any(|op| matches!(model.kernels.chosen(op), Some("stream" | "ring")));
-    if !chosen {
-        return sequences;
-    }
-    let prompt: usize = spec.prompts.iter().map(Vec::len).sum();
-    sequences.max(prompt).max(spec.steps.len()).max(spec.sources.tokens())
+    let widest = many.iter().copied().max().filter(|_| chosen);
+    sequences.max(widest.unwrap_or(0))
 }
 
-fn plan_sources(model: &NextStep, spec: &RunSpec, layout: &mut Layout) -> Result<Option<SourceSlots>> {
-    let sources = &spec.sources;
+/// Lays out what `sources` need; nothing where there are none.
+pub(super) fn plan_sources(
+    model: &NextStep,
+    sources: &Sources,
+    layout: &mut Layout,
+) -> Result<Option<SourceSlots>> {
     if sources.places.is_empty() {
         return Ok(None);
     }

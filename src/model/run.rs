@@ -5,6 +5,8 @@
 
 mod sources;
 
+pub(super) use sources::SourceParts;
+
 use super::arena::{Arena, Slot, Stage};
 use super::backbone::{Cache, Rows, rope_table};
 use super::flow_head::{FlowBuffers, FlowTaps};
@@ -123,9 +125,10 @@ impl Run {
             }
             self.stream.upload(span.ptr, bytemuck::cast_slice(draws))?;
         }
-        self.upload_sources()?;
-        for counters in [self.slots.arrivals, self.slots.product_arrivals] {
-            self.stream.fill(self.arena.span(counters), 0)?;
+        let parts = SourceParts::new(&self.model, &self.arena, &self.slots.sources, &self.spec.sources);
+        parts.upload(self.stream.as_mut())?;
+        for zeroed in [self.slots.arrivals, self.slots.product_arrivals, self.slots.exchange] {
+            self.stream.fill(self.arena.span(zeroed), 0)?;
         }
         // One row per evaluation, however many images there are.
         let selection = self.stage_selection(Stage::Prefill)?;
@@ -143,13 +146,8 @@ impl Run {
         )
     }
 
-    /// Variants of a stage. Fixed by the stage, never by the number of rows: see [`Selection::or`].
     fn stage_selection(&self, stage: Stage) -> Result<Selection> {
-        let (form, attention) = match stage {
-            Stage::Prefill => (Form::Many, "plain"),
-            Stage::Decode | Stage::Image => (Form::Few, "splitkv"),
-        };
-        Ok(self.selection.clone().or(&ops::attention::OP, attention)?.for_products(form))
+        stage_selection(&self.model, &self.selection, stage)
     }
 
     fn scratch(&self) -> Option<ProductScratch> {
@@ -166,6 +164,16 @@ impl Run {
     /// The spec this run was made of.
     pub fn spec(&self) -> &RunSpec {
         &self.spec
+    }
+
+    /// The model that it is a generation of.
+    pub fn model(&self) -> Arc<NextStep> {
+        self.model.clone()
+    }
+
+    /// Everything but weights and cache.
+    pub fn arena(&self) -> Span {
+        self.arena.whole()
     }
 
     /// The stream that everything runs on.
@@ -255,7 +263,7 @@ impl Run {
         let rows = self.prefill_rows();
         if embed {
             let ids = self.arena.span(self.slots.ids);
-            let source = self.record_source_rows(&mut list)?;
+            let source = self.source_parts().record_rows(&launch, &mut list, self.scratch())?;
             self.model.backbone.record_embed(&launch, &mut list, "prefill", ids, source, &rows)?;
         }
         self.model.backbone.record_layers(&launch, &mut list, "prefill", &rows, &self.cache)?;
@@ -341,6 +349,7 @@ impl Run {
             draw_slots,
             state: span(s.state),
             barrier: span(s.barrier),
+            exchange: span(s.exchange),
             h: span(s.h),
             a: span(s.a),
             v_raw: span(s.v_raw),
@@ -440,6 +449,19 @@ impl Run {
         self.stream.download(span.ptr, bytemuck::bytes_of_mut(&mut state))?;
         Ok(state)
     }
+}
+
+/// Variants of a stage. Fixed by the stage, never by the number of rows: see [`Selection::or`].
+pub(super) fn stage_selection(model: &NextStep, chosen: &Selection, stage: Stage) -> Result<Selection> {
+    let form = match stage {
+        Stage::Prefill => Form::Many,
+        Stage::Decode | Stage::Image => Form::Few,
+    };
+    let config = &model.config;
+    let heads = (config.num_attention_heads, config.num_key_value_heads);
+    let decode = form == Form::Few;
+    let attention = ops::attention::default_variant(model.dtype, heads, config.head_dim, decode);
+    Ok(chosen.clone().or(&ops::attention::OP, attention)?.for_products(form))
 }
 
 impl Drop for Run {

@@ -2,6 +2,7 @@
 
 use crate::device::{Buffer, Device, Span, Stream};
 use crate::error::{Error, Result};
+use crate::ops::bench::{self, Random};
 use crate::ops::product::{Layout, Weight};
 use crate::ops::{DType, Op, Selection};
 use crate::weights::pack::{Pairing, Tiles};
@@ -19,6 +20,8 @@ pub struct Uploader<'a> {
     kernels: &'a Selection,
     buffers: Vec<Buffer>,
     bytes: usize,
+    /// Values are made on the device, from this seed, and not read.
+    random: Option<u64>,
 }
 
 impl<'a> Uploader<'a> {
@@ -29,7 +32,23 @@ impl<'a> Uploader<'a> {
         dtype: DType,
         kernels: &'a Selection,
     ) -> Uploader<'a> {
-        Uploader { device, stream, dtype, kernels, buffers: Vec::new(), bytes: 0 }
+        Uploader { device, stream, dtype, kernels, buffers: Vec::new(), bytes: 0, random: None }
+    }
+
+    /// The same with random values in place of the tensors' own: only their names and shapes are looked at.
+    pub fn random(
+        device: Arc<dyn Device>,
+        stream: &'a mut dyn Stream,
+        dtype: DType,
+        kernels: &'a Selection,
+        seed: u64,
+    ) -> Uploader<'a> {
+        Uploader { random: Some(seed), ..Uploader::new(device, stream, dtype, kernels) }
+    }
+
+    /// Whether tensors have names and shapes only.
+    pub fn is_random(&self) -> bool {
+        self.random.is_some()
     }
 
     /// Uploads `tensors` one after another into one buffer called `label`.
@@ -39,6 +58,10 @@ impl<'a> Uploader<'a> {
             .and_then(|n| n.checked_mul(self.dtype.bytes()))
             .ok_or_else(|| Error::Internal(format!("size of {label} overflows")))?;
         let buffer = self.device.alloc(bytes, label)?;
+        if let Some(seed) = self.random {
+            self.fill_random(seed, buffer.span(), tensors)?;
+            return Ok(self.keep(buffer));
+        }
         let mut at = buffer.ptr();
         let mut staging = Vec::new();
         let stored = match self.dtype {
@@ -58,10 +81,34 @@ impl<'a> Uploader<'a> {
                 first += count;
             }
         }
-        self.bytes += bytes;
+        Ok(self.keep(buffer))
+    }
+
+    fn keep(&mut self, buffer: Buffer) -> Span {
+        self.bytes += buffer.bytes();
         let span = buffer.span();
         self.buffers.push(buffer);
-        Ok(span)
+        span
+    }
+
+    /// Random values for `tensors`, one after another in `span`.
+    fn fill_random(&mut self, seed: u64, span: Span, tensors: &[TensorView<'_>]) -> Result<()> {
+        let mut first = 0;
+        for tensor in tensors {
+            let part = span.slice(first, tensor.elements() * self.dtype.bytes());
+            self.fill_like(seed.wrapping_add(first as u64), part, tensor)?;
+            first += part.bytes;
+        }
+        Ok(())
+    }
+
+    /// Random values in all of `span`, as large as those of `tensor`.
+    fn fill_like(&mut self, seed: u64, span: Span, tensor: &TensorView<'_>) -> Result<()> {
+        let (mean, deviation) = distribution(tensor.name(), tensor.shape());
+        // Another stream of values for every tensor.
+        let seed = seed.wrapping_add((self.bytes as u64).wrapping_mul(0x9e37_79b9_7f4a_7c15));
+        let random = Random { seed, mean, deviation };
+        self.stream.launch(&bench::fill(self.device.info().sm_count, self.dtype, span, random)?)
     }
 
     /// Whether weights of `op` with rows of `inner` elements are packed.
@@ -113,10 +160,16 @@ impl<'a> Uploader<'a> {
             convert::write_range_as(tensor, from..from + inner, Dtype::Bf16, out)
         };
         let buffer = self.device.alloc(tiles.bytes(), label)?;
+        if let (Some(seed), Some(tensor)) = (self.random, tensors.first()) {
+            // As many values in whichever order.
+            self.fill_like(seed, buffer.span(), tensor)?;
+            return Ok(self.keep(buffer));
+        }
         let at_once = (CHUNK_BYTES / tiles.tile_bytes()).max(1);
         let mut staging = Vec::new();
         let mut at = buffer.ptr();
-        for start in (0..tiles.tiles()).step_by(at_once) {
+        let written = if self.device.holds_data() { tiles.tiles() } else { 0 };
+        for start in (0..written).step_by(at_once) {
             let count = at_once.min(tiles.tiles() - start);
             staging.resize(count * tiles.tile_bytes(), 0);
             for (i, out) in staging.chunks_exact_mut(tiles.tile_bytes()).enumerate() {
@@ -125,10 +178,7 @@ impl<'a> Uploader<'a> {
             self.stream.upload(at, &staging)?;
             at = at.offset(staging.len());
         }
-        self.bytes += tiles.bytes();
-        let span = buffer.span();
-        self.buffers.push(buffer);
-        Ok(span)
+        Ok(self.keep(buffer))
     }
 
     /// Uploads one tensor.
@@ -184,14 +234,23 @@ impl<'a> Uploader<'a> {
             self.stream.upload(at, &chunk)?;
             at = at.offset(chunk.len());
         }
-        self.bytes += bytes;
-        let span = buffer.span();
-        self.buffers.push(buffer);
-        Ok(span)
+        Ok(self.keep(buffer))
     }
 
     /// The buffers, to be kept as long as their spans are used, and their size.
     pub fn finish(self) -> (Vec<Buffer>, usize) {
         (self.buffers, self.bytes)
     }
+}
+
+/// Mean and standard deviation of random weights: outputs about as large as inputs, norms about 1, and what is added
+/// to a residual stream small, as in a trained model, so that nothing runs away over many layers.
+fn distribution(name: &str, shape: &[usize]) -> (f32, f32) {
+    let &[_, ref inputs @ ..] = shape else { return (0.0, 1.0) };
+    if inputs.is_empty() {
+        return if name.ends_with(".weight") { (1.0, 0.1) } else { (0.0, 0.02) };
+    }
+    let added = ["o_proj", "down_proj", "mlp.2", "conv2", "proj_out"];
+    let gain = if added.iter().any(|part| name.contains(part)) { 0.25 } else { 1.0 };
+    (0.0, gain / (inputs.iter().product::<usize>() as f32).sqrt())
 }

@@ -1,15 +1,20 @@
 //! `flow_chain`: the whole sampler of one image token in one persistent launch: N evaluations of the flow head,
 //! guidance, solver steps, the token and its projection back into the transformer.
 //!
+//! The variant follows from the element type and the head, never from the number of images: each sums in its own order.
+//!
 //! Owns the op's shapes, its cooperative geometry and its shared memory. Time grids, coefficients and guidance scales
 //! are tables that `crate::sampler` computes. `state.token` lives on the device, so all tokens are declared as written.
 
 mod cases;
+mod ring;
+
+pub use ring::exchange_bytes;
 
 use super::params::{FlowChainParams, GenerationState, GridBarrier, SolverStep};
 use super::shared::{self, Checks};
-use super::{Launch, Op, Variant, div_ceil};
-use crate::device::{Geometry, Node, ParamBytes, Span};
+use super::{DType, Launch, Op, Variant, div_ceil};
+use crate::device::{Geometry, KernelId, Node, ParamBytes, Span};
 use crate::error::Result;
 use crate::kernels;
 
@@ -18,13 +23,28 @@ pub static OP: Op = Op {
     name: "flow_chain",
     summary: "all evaluations, guidance and solver steps of one image token, and its projection",
     bound: "bytes: 113.6 MB per evaluation at width 1536, 12 blocks, bf16; plus 26 grid barriers",
-    variants: &[Variant {
-        name: "plain",
-        kernels: kernels!("flow_chain", f32: "flow_chain_plain_f32", bf16: "flow_chain_plain_bf16"),
-        summary: "persistent grid, warp per two outputs, weights once per evaluation and 8 sequences; any shape",
-    }],
+    variants: &[
+        Variant {
+            name: "plain",
+            kernels: kernels!("flow_chain", f32: "flow_chain_plain_f32", bf16: "flow_chain_plain_bf16"),
+            summary: "persistent grid, warp per two outputs, weights once per evaluation and 8 sequences; any shape",
+        },
+        Variant {
+            name: "ring",
+            kernels: RING_KERNELS,
+            summary: "tensor cores, weights by bulk copies through a ring, values by epoch words; widths of whole 32",
+        },
+        Variant {
+            name: "resident",
+            kernels: RING_KERNELS,
+            summary: "ring, with as many weights as fit kept in shared memory and 30 MB more asked to stay in L2",
+        },
+    ],
     cases: cases::cases,
 };
+
+const RING_KERNELS: &[(DType, KernelId)] =
+    &[(DType::Bf16, KernelId { module: "flow_ring", symbol: "flow_ring_bf16" })];
 
 const THREADS: u32 = 256;
 /// Sequences that share one pass over the weights (`kRowGroup`).
@@ -71,7 +91,9 @@ pub struct Args {
     pub state: Span,
     /// [`GridBarrier`], zeroed once.
     pub barrier: Span,
-    /// `[S, width]` f32, scratch.
+    /// [`exchange_bytes`] of memory, zeroed once.
+    pub exchange: Span,
+    /// `[S, width]` f32, scratch; at the end the residual of the last evaluation.
     pub h: Span,
     /// `[S, mlp_width]` f32, scratch.
     pub a: Span,
@@ -124,8 +146,13 @@ pub struct Args {
 
 /// The node that computes `args`. It is never a dependent launch: all its blocks must be resident together.
 pub fn node(launch: &Launch, label: &str, args: &Args) -> Result<Node> {
+    node_with(launch, label, args, ring::SPIN_LIMIT)
+}
+
+/// The same with a limit to the looks at a word that does not come, for tests that have one not come.
+fn node_with(launch: &Launch, label: &str, args: &Args, spin_limit: u32) -> Result<Node> {
     let a = args;
-    let variant = launch.selection.variant(&OP, "plain")?;
+    let variant = launch.selection.variant(&OP, ring::default_variant(launch, a))?;
     let checks = Checks::new(OP.name, variant.name);
     if !(1..=3).contains(&a.branches) {
         return Err(checks.refuse(format!("{} guidance branches, must be 1 to 3", a.branches)));
@@ -160,6 +187,8 @@ pub fn node(launch: &Launch, label: &str, args: &Args) -> Result<Node> {
     let forced_x = checks.optional("forced_x", a.forced_x, 4, &per_step)?;
     let state = checks.span("state", a.state, 4, &[size_of::<GenerationState>() / 4])?;
     let barrier = checks.span("barrier", a.barrier, 4, &[size_of::<GridBarrier>() / 4])?;
+    let exchange =
+        checks.span("exchange", a.exchange, 8, &[exchange_bytes((f, h, k), a.images, a.branches) / 8])?;
     let h_rows = checks.span("h", a.h, 4, &[sequences, f])?;
     let a_rows = checks.span("a", a.a, 4, &[sequences, h])?;
     let v_raw = checks.span("v_raw", a.v_raw, 4, &[sequences, k])?;
@@ -172,6 +201,14 @@ pub fn node(launch: &Launch, label: &str, args: &Args) -> Result<Node> {
     let b_next = checks.span("b_next", a.b_next, e, &[a.hidden])?;
     let x_next = checks.span("x_next", a.x_next, 4, &[sequences, a.hidden])?;
 
+    let ring = match variant.name {
+        "plain" => None,
+        name => {
+            let plan = ring::plan(launch, a, name == "resident").map_err(|reason| checks.refuse(reason))?;
+            Some(plan)
+        }
+    };
+    let of_ring = |value: fn(&ring::Ring) -> u32| ring.as_ref().map_or(0, value);
     let params = FlowChainParams {
         mod_: modulation.ptr.0,
         w_in: w_in.ptr.0,
@@ -201,6 +238,7 @@ pub fn node(launch: &Launch, label: &str, args: &Args) -> Result<Node> {
         w_next: w_next.ptr.0,
         b_next: b_next.ptr.0,
         x_next: x_next.ptr.0,
+        exchange: exchange.ptr.0,
         steps: checks.dim("steps", a.steps)?,
         images: checks.dim("images", a.images)?,
         branches: checks.dim("branches", a.branches)?,
@@ -214,7 +252,17 @@ pub fn node(launch: &Launch, label: &str, args: &Args) -> Result<Node> {
         draw_slots: checks.dim("draw_slots", a.draw_slots)?,
         use_norm: a.use_norm.into(),
         rescale: a.rescale.into(),
-        pad: 0,
+        rows_width: of_ring(|r| r.rows_width),
+        rows_mlp: of_ring(|r| r.rows_mlp),
+        rows_token: of_ring(|r| r.rows_token),
+        rows_hidden: of_ring(|r| r.rows_hidden),
+        images_at_once: of_ring(|r| r.images_at_once),
+        exchange_words: of_ring(|r| r.exchange_words),
+        stages: of_ring(|r| r.stages),
+        stage_bytes: of_ring(|r| r.stage_bytes),
+        resident: of_ring(|r| r.resident),
+        pinned: of_ring(|r| r.pinned),
+        spin_limit,
     };
     // The scratch rows carry values between blocks: they are read as well as written.
     let mut reads = vec![
@@ -239,14 +287,18 @@ pub fn node(launch: &Launch, label: &str, args: &Args) -> Result<Node> {
         h_rows,
         a_rows,
         v_raw,
+        exchange,
     ];
     reads.extend(forced_x);
-    let mut writes = vec![state, barrier, h_rows, a_rows, v_raw, tokens, x_next];
+    let mut writes = vec![state, barrier, exchange, h_rows, a_rows, v_raw, tokens, x_next];
     writes.extend([trace_v_raw, trace_v, trace_x, sampled].into_iter().flatten());
     Ok(Node {
         label: label.into(),
         kernel: variant.kernel(OP.name, launch.dtype)?,
-        geometry: geometry(launch, &checks, a, sequences)?,
+        geometry: match &ring {
+            Some(ring) => ring.geometry(),
+            None => geometry(launch, &checks, a, sequences)?,
+        },
         params: ParamBytes::of(&params),
         reads,
         writes,
@@ -307,6 +359,7 @@ mod tests {
             forced_x: Some(span()),
             state: span(),
             barrier: span(),
+            exchange: span(),
             h: span(),
             a: span(),
             v_raw: span(),
@@ -335,7 +388,7 @@ mod tests {
     }
 
     fn built(args: &Args, dtype: DType) -> Result<Node> {
-        let selection = Selection::default();
+        let selection = Selection::one(&OP, "plain").unwrap();
         let launch = Launch { selection: &selection, dtype, sm_count: 132, dependent: true };
         node(&launch, "flow.chain", args)
     }
@@ -363,12 +416,12 @@ mod tests {
             let spans = node.reads.iter().chain(&node.writes);
             spans.filter(|s| s.ptr.0 == number << 40).map(|s| s.bytes).max()
         };
-        // All 28 buffers, each with the bytes that its shape takes.
-        assert!((1..=28).all(|number| bytes(number).is_some()));
+        // All 29 buffers, each with the bytes that its shape takes.
+        assert!((1..=29).all(|number| bytes(number).is_some()));
         assert_eq!(bytes(1), Some(28 * 2 * 38 * 1536 * 2));
         assert_eq!(bytes(6), Some(12 * 1536 * 1536 * 2));
         assert_eq!(bytes(14), Some(28 * 64 * 4));
-        assert_eq!(bytes(25), Some(1024 * 64 * 2));
+        assert_eq!(bytes(26), Some(1024 * 64 * 2));
     }
 
     #[test]

@@ -84,13 +84,50 @@ pub struct Rig {
     stream: Box<dyn Stream>,
     buffers: Vec<(String, Buffer)>,
     random: u64,
+    /// Of a rig that only prepares: the first node that it was to run.
+    kept: Option<Kept>,
+}
+
+/// See [`prepare`].
+enum Kept {
+    /// Nothing yet.
+    Waiting,
+    /// The node.
+    Node(Box<Node>),
+}
+
+/// A case with its inputs on the device, ready to be launched again and again.
+pub struct Prepared {
+    /// What the case launches.
+    pub node: Node,
+    /// The owner of its buffers and of the stream to launch it on.
+    pub rig: Rig,
+}
+
+/// Brings a case to the point where it would launch, and no further: no reference is computed, which at real shapes
+/// takes minutes.
+pub fn prepare(case: &Case, device: Arc<dyn Device>, seed: u64) -> Result<Prepared> {
+    let mut rig = Rig::new(device, seed)?;
+    rig.kept = Some(Kept::Waiting);
+    let outcome = (case.run)(&mut rig);
+    match (rig.kept.take(), outcome) {
+        (Some(Kept::Node(node)), _) => Ok(Prepared { node: *node, rig }),
+        (_, Err(error)) => Err(error),
+        (_, Ok(_)) => Err(Error::Internal(format!("case {} launches nothing", case.label))),
+    }
 }
 
 impl Rig {
     /// A rig with its own stream; `seed` decides the random data.
     pub fn new(device: Arc<dyn Device>, seed: u64) -> Result<Rig> {
         let stream = device.stream()?;
-        Ok(Rig { device, stream, buffers: Vec::new(), random: seed.wrapping_mul(0x9e37_79b9_7f4a_7c15) | 1 })
+        Ok(Rig {
+            device,
+            stream,
+            buffers: Vec::new(),
+            random: seed.wrapping_mul(0x9e37_79b9_7f4a_7c15) | 1,
+            kept: None,
+        })
     }
 
     /// SMs of the device, for geometry.
@@ -166,8 +203,17 @@ impl Rig {
         self.guarded(name, len * dtype.bytes())
     }
 
-    /// Launches and waits.
+    /// The stream that everything runs on.
+    pub fn stream(&mut self) -> &mut dyn Stream {
+        self.stream.as_mut()
+    }
+
+    /// Launches and waits. Of a rig that only prepares, this is where the case ends, with an error.
     pub fn run(&mut self, node: &Node) -> Result<()> {
+        if let Some(kept) = &mut self.kept {
+            *kept = Kept::Node(Box::new(node.clone()));
+            return Err(Error::Internal("the case is prepared and goes no further".into()));
+        }
         self.stream.launch(node)?;
         self.stream.synchronize()
     }

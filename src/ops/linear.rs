@@ -16,7 +16,7 @@ use crate::weights::pack::Pairing;
 pub static OP: Op = Op {
     name: "linear",
     summary: "y = act(w x + bias)",
-    bound: "few rows: bytes of w (lm_head at 14B in bf16: 1.56 GB); many rows: FP32 FMA",
+    bound: "few rows: bytes of w; many rows: FP32 FMA",
     variants: &[
         Variant {
             name: "plain",

@@ -131,9 +131,8 @@ fn run(
     let exact = reference::<Exact>(&wide, (height, width), channels, groups, eps);
     let plain = reference::<PlainF32>(&partial.values, (height, width), channels, groups, eps);
     let plain: Vec<f64> = plain.iter().map(|&v| f64::from(v)).collect();
-    let every = |from: usize, values: &[f64]| -> Vec<f64> {
-        values.iter().copied().skip(from).step_by(2).collect()
-    };
+    let every =
+        |from: usize, values: &[f64]| -> Vec<f64> { values.iter().copied().skip(from).step_by(2).collect() };
     let check = |name: &str, from: usize| {
         let got: Vec<f32> = got.iter().copied().skip(from).step_by(2).collect();
         harness::compare(name, DType::F32, &got, &every(from, &exact), &every(from, &plain))

@@ -6,6 +6,7 @@
 
 pub mod advance;
 pub mod attention;
+pub mod bench;
 pub mod conv2d;
 pub mod down;
 pub mod embed;
@@ -17,6 +18,7 @@ pub mod gather_rows;
 pub mod group_stats;
 pub mod harness;
 pub mod linear;
+pub mod lm_head;
 pub mod merge_stats;
 pub mod o_proj;
 pub mod out_proj;
@@ -146,12 +148,13 @@ static OPS: &[&Op] = &[
     &merge_stats::OP,
     &vae_attention::OP,
     &to_rgb8::OP,
+    &lm_head::OP,
 ];
 
 /// The products of the transformer and its projectors: the ops whose weights may be packed.
 pub static PRODUCTS: [&Op; 6] = [&qkv::OP, &o_proj::OP, &gate_up::OP, &down::OP, &out_proj::OP, &linear::OP];
 
-/// Every op, in the order in which one image uses them.
+/// Every op, in the order in which one image uses them; then what only text needs.
 pub fn registry() -> &'static [&'static Op] {
     OPS
 }

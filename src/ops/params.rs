@@ -22,7 +22,9 @@ pub struct GenerationState {
     pub token: u32,
     /// 0, or 1 + index of the first token that came out non-finite
     pub nonfinite: u32,
-    pub pad: [u32; 30],
+    /// 0, or 1 + index of a token whose blocks waited in vain for each other
+    pub stalled: u32,
+    pub pad: [u32; 29],
 }
 const _: () = assert!(size_of::<GenerationState>() == 128);
 
@@ -123,6 +125,8 @@ pub struct AttentionParams {
     pub partial: u64,
     /// [M, G] uint32, zero before and after every launch; splits > 1
     pub arrivals: u64,
+    /// weights of the next op, asked into L2 while the cache is awaited (splitkv_mma)
+    pub prefetch: u64,
     pub rows: u32,
     pub heads_q: u32,
     pub heads_kv: u32,
@@ -130,9 +134,10 @@ pub struct AttentionParams {
     pub capacity: u32,
     pub splits: u32,
     pub scale: f32,
-    pub pad: u32,
+    /// 0: none
+    pub prefetch_bytes: u32,
 }
-const _: () = assert!(size_of::<AttentionParams>() == 96);
+const _: () = assert!(size_of::<AttentionParams>() == 104);
 
 /// x[m, :] += w in[m, :] + bias: the output projection and the MLP's down projection
 #[repr(C)]
@@ -217,6 +222,27 @@ pub struct OutProjParams {
 }
 const _: () = assert!(size_of::<OutProjParams>() == 96);
 
+/// h = E(rms(x)) \* norm_w; logits = w h: final norm and lm_head
+#[repr(C)]
+#[derive(Debug, Default, Copy, Clone, bytemuck::Pod, bytemuck::Zeroable)]
+pub struct LmHeadParams {
+    /// [S, D] float
+    pub x: u64,
+    /// [D] E
+    pub norm_w: u64,
+    /// [V, D] E
+    pub w: u64,
+    /// [S, D] E, written: h; optional
+    pub norm_out: u64,
+    /// [S, V] float, written: rounded to E, then widened
+    pub logits: u64,
+    pub rows: u32,
+    pub hidden: u32,
+    pub vocab: u32,
+    pub eps: f32,
+}
+const _: () = assert!(size_of::<LmHeadParams>() == 56);
+
 /// y = act(w x + bias)
 #[repr(C)]
 #[derive(Debug, Default, Copy, Clone, bytemuck::Pod, bytemuck::Zeroable)]
@@ -276,6 +302,16 @@ pub struct SolverStep {
 }
 const _: () = assert!(size_of::<SolverStep>() == 16);
 
+/// Head of the memory through which the blocks of one launch exchange values; zeroed once, never reset.
+#[repr(C)]
+#[derive(Debug, Default, Copy, Clone, bytemuck::Pod, bytemuck::Zeroable)]
+pub struct FlowExchange {
+    /// exchanges made so far, modulo 2^32 - 1: the epoch before the next one's
+    pub made: u64,
+    pub pad: [u64; 15],
+}
+const _: () = assert!(size_of::<FlowExchange>() == 128);
+
 /// The whole sampler of one image token: N evaluations of the flow head, guidance, solver, feedback
 #[repr(C)]
 #[derive(Debug, Default, Copy, Clone, bytemuck::Pod, bytemuck::Zeroable)]
@@ -314,7 +350,7 @@ pub struct FlowChainParams {
     pub state: u64,
     /// GridBarrier
     pub barrier: u64,
-    /// [S, F] float, scratch
+    /// [S, F] float, scratch; at the end the residual of the last evaluation
     pub h: u64,
     /// [S, H] float, scratch
     pub a: u64,
@@ -336,6 +372,8 @@ pub struct FlowChainParams {
     pub b_next: u64,
     /// [S, D] float, written: input of the next transformer step
     pub x_next: u64,
+    /// FlowExchange, then [3, exchange_words] uint64: value below, epoch above; not plain
+    pub exchange: u64,
     pub steps: u32,
     pub images: u32,
     pub branches: u32,
@@ -353,9 +391,26 @@ pub struct FlowChainParams {
     pub use_norm: u32,
     /// 0 or 1: multiply v by clamp(|v_cond| / (|v| + 1e-6), 0, 1)
     pub rescale: u32,
-    pub pad: u32,
+    pub rows_width: u32,
+    pub rows_mlp: u32,
+    pub rows_token: u32,
+    pub rows_hidden: u32,
+    /// images of a pass; times R at most 8
+    pub images_at_once: u32,
+    /// of one of the three buffers
+    pub exchange_words: u32,
+    /// of the ring
+    pub stages: u32,
+    /// of a stage, a multiple of 16
+    pub stage_bytes: u32,
+    /// weight segments that stay in shared memory
+    pub resident: u32,
+    /// segments after them that are to stay in L2
+    pub pinned: u32,
+    /// looks at a word before the block gives up
+    pub spin_limit: u32,
 }
-const _: () = assert!(size_of::<FlowChainParams>() == 280);
+const _: () = assert!(size_of::<FlowChainParams>() == 328);
 
 /// Standard normal draws of one token, as torch.randn on a CUDA device gives them (ecosystem: Philox4x32-10)
 #[repr(C)]
@@ -542,6 +597,25 @@ pub struct ToRgb8Params {
     pub elements: u64,
 }
 const _: () = assert!(size_of::<ToRgb8Params>() == 24);
+
+/// The measuring kernels (kernels/bench.cu): copy, read-only sum, random values
+#[repr(C)]
+#[derive(Debug, Default, Copy, Clone, bytemuck::Pod, bytemuck::Zeroable)]
+pub struct BenchParams {
+    /// copy: [elements] 16 bytes; sum: [elements] 16 bytes
+    pub src: u64,
+    /// copy: [elements] 16 bytes; sum: [1] uint32, added to; fill: [elements] E; written
+    pub dst: u64,
+    /// of 16 bytes in copy and sum, of E in fill
+    pub elements: u64,
+    /// fill: of the values
+    pub seed: u64,
+    /// fill
+    pub mean: f32,
+    /// fill
+    pub deviation: f32,
+}
+const _: () = assert!(size_of::<BenchParams>() == 40);
 
 /// What one conformance kernel is given and leaves (kernels/conformance.cu).
 #[repr(C)]

@@ -319,3 +319,139 @@ pub(super) fn random_weight(
         }
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::super::{Selection, down, o_proj, project};
+    use super::*;
+    use crate::device::{DevicePtr, Node};
+
+    /// Disjoint fake buffers of 1 GiB.
+    fn span(index: u64) -> Span {
+        Span { ptr: DevicePtr((index + 1) << 30), bytes: 1 << 30 }
+    }
+
+    fn args(rows: usize, inner: usize, layout: Layout) -> project::Args {
+        project::Args {
+            input: span(0),
+            w: Weight { span: span(1), layout },
+            bias: None,
+            x: span(2),
+            rows,
+            hidden: 5120,
+            inner,
+            scratch: Some(ProductScratch { partial: span(3), arrivals: span(4) }),
+        }
+    }
+
+    fn node(chosen: Option<&str>, dtype: DType, args: &project::Args) -> Result<Node> {
+        let selection = match chosen {
+            Some(variant) => Selection::one(&down::OP, variant)?,
+            None => Selection::default(),
+        };
+        let launch = Launch { selection: &selection, dtype, sm_count: 132, dependent: true };
+        down::node(&launch, "t", args)
+    }
+
+    fn refusal(chosen: Option<&str>, dtype: DType, args: &project::Args) -> String {
+        node(chosen, dtype, args).unwrap_err().to_string()
+    }
+
+    #[test]
+    fn the_default_follows_the_layout_and_the_rows_or_the_stage() {
+        let symbol = |rows, layout| node(None, DType::Bf16, &args(rows, 512, layout)).unwrap().kernel.symbol;
+        assert_eq!(symbol(8, Layout::Rows), "down_plain_bf16");
+        assert_eq!(symbol(9, Layout::Rows), "down_tile_bf16");
+        assert_eq!(symbol(8, Layout::Tiles), "down_stream_bf16");
+        assert_eq!(symbol(9, Layout::Tiles), "down_mma_bf16");
+        for (form, rows, expected) in
+            [(Form::Few, 20, "o_proj_stream_bf16"), (Form::Many, 2, "o_proj_mma_bf16")]
+        {
+            let selection = Selection::default().for_products(form);
+            let launch = Launch { selection: &selection, dtype: DType::Bf16, sm_count: 132, dependent: true };
+            let node = o_proj::node(&launch, "t", &args(rows, 512, Layout::Tiles)).unwrap();
+            assert_eq!(node.kernel.symbol, expected);
+        }
+    }
+
+    #[test]
+    fn a_weight_is_packed_unless_its_variant_its_type_or_its_rows_forbid_it() {
+        let none = Selection::default();
+        let chosen = |variant| Selection::one(&down::OP, variant).unwrap();
+        let layout =
+            |selection: &Selection, dtype, inner| Layout::to_load(&down::OP, selection, dtype, inner);
+        assert_eq!(layout(&none, DType::Bf16, 512), Layout::Tiles);
+        assert_eq!(layout(&none, DType::Bf16, 500), Layout::Rows);
+        assert_eq!(layout(&none, DType::F32, 512), Layout::Rows);
+        for (variant, expected) in [
+            ("plain", Layout::Rows),
+            ("tile", Layout::Rows),
+            ("stream", Layout::Tiles),
+            ("ring", Layout::Tiles),
+            ("mma", Layout::Tiles),
+        ] {
+            assert_eq!(layout(&chosen(variant), DType::Bf16, 512), expected, "{variant}");
+        }
+        // What is chosen for another op changes nothing.
+        assert_eq!(layout(&Selection::one(&o_proj::OP, "plain").unwrap(), DType::Bf16, 512), Layout::Tiles);
+    }
+
+    #[test]
+    fn a_variant_that_cannot_read_the_layout_says_so() {
+        let packed = refusal(Some("plain"), DType::Bf16, &args(2, 512, Layout::Tiles));
+        assert!(packed.contains("these are packed in tiles"), "{packed}");
+        let stored = refusal(Some("stream"), DType::Bf16, &args(2, 512, Layout::Rows));
+        assert!(stored.contains("these are as stored"), "{stored}");
+    }
+
+    #[test]
+    fn shapes_that_packed_variants_do_not_do_are_refused_with_their_numbers() {
+        let tiles = |rows, inner| args(rows, inner, Layout::Tiles);
+        assert!(refusal(None, DType::F32, &tiles(2, 512)).contains("K is 512 in f32"));
+        assert!(refusal(None, DType::Bf16, &tiles(2, 500)).contains("K is 500 in bf16"));
+        let wide = refusal(None, DType::Bf16, &tiles(8, 16384));
+        assert!(wide.contains("8 rows of 16384 take 262656 bytes") && wide.contains("230400"), "{wide}");
+        // The MLP of the 14B at eight rows: 221,696 bytes of activations leave no room for a ring.
+        let ring = refusal(Some("ring"), DType::Bf16, &tiles(8, 13824));
+        assert!(ring.contains("221696 of 230400") && ring.contains("leave 0 stages"), "{ring}");
+        assert!(refusal(Some("ring"), DType::Bf16, &tiles(2, 32)).contains("rows of 64 or more"));
+        let bare = project::Args { scratch: None, ..tiles(2, 512) };
+        assert!(refusal(None, DType::Bf16, &bare).contains("needs scratch"));
+        assert!(node(Some("mma"), DType::Bf16, &bare).is_ok());
+        let short = Span { bytes: 132 * 1024, ..span(3) };
+        let scratch = ProductScratch { partial: short, arrivals: span(4) };
+        let few = project::Args { scratch: Some(scratch), ..tiles(8, 512) };
+        assert!(node(None, DType::Bf16, &few).is_ok());
+        let many = project::Args { rows: 17, ..few };
+        assert!(refusal(Some("stream"), DType::Bf16, &many).contains("partial of shape [3, 33792]"));
+        let odd =
+            project::Args { input: Span { ptr: span(0).ptr.offset(8), bytes: 1 << 20 }, ..tiles(2, 512) };
+        assert!(refusal(None, DType::Bf16, &odd).contains("not 16-byte aligned"));
+    }
+
+    #[test]
+    fn geometry_fills_the_machine_within_shared_memory() {
+        for (rows, inner) in [(1, 32), (1, 5120), (2, 5120), (3, 13824), (8, 13824), (8, 5120), (19, 5120)] {
+            let geometry =
+                node(Some("stream"), DType::Bf16, &args(rows, inner, Layout::Tiles)).unwrap().geometry;
+            assert_eq!(geometry.grid, [132, rows.div_ceil(8) as u32, 1]);
+            let staged = (rows.min(8) * (inner | 32) * 2).max(CUT_BYTES);
+            assert_eq!(geometry.shared_bytes as usize, staged);
+            let Ok(ring) = node(Some("ring"), DType::Bf16, &args(rows, inner, Layout::Tiles)) else {
+                continue;
+            };
+            let ring_bytes = ring.geometry.shared_bytes as usize - staged;
+            assert!(
+                ring.geometry.shared_bytes as usize <= SHARED_BYTES
+                    && ring_bytes.is_multiple_of(RING_STAGE_BYTES)
+            );
+            assert!(ring_bytes >= 64 * 1024, "{rows} x {inner}: a ring of {ring_bytes} bytes");
+        }
+        // Two rows of 5120 leave room for the next launch's block; two of 13824 take the SM for a deep ring.
+        assert_eq!((ring_stages(20_608), ring_stages(55_424)), (5, 8));
+        let prompt = node(None, DType::Bf16, &args(130, 5120, Layout::Tiles)).unwrap();
+        assert_eq!((prompt.geometry.grid, prompt.writes.len()), ([40, 2, 1], 1));
+        let tiny = project::Args { hidden: 16, ..args(2, 96, Layout::Tiles) };
+        assert_eq!(node(None, DType::Bf16, &tiny).unwrap().geometry.grid, [3, 1, 1]);
+    }
+}

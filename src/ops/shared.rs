@@ -94,11 +94,6 @@ pub fn address(span: Option<Span>) -> u64 {
     span.map_or(0, |s| s.ptr.0)
 }
 
-/// The product loop for `rows` rows: one pass over the weights where that suffices, else tiles.
-pub fn product_variant(rows: usize) -> &'static str {
-    if rows <= ROW_GROUP { "plain" } else { "tile" }
-}
-
 /// Geometry of a product of `rows` rows with `units` pairs of weight rows of length `inner`.
 pub fn product_geometry(launch: &Launch, variant: &str, rows: usize, inner: usize, units: usize) -> Geometry {
     let mut geometry = if variant == "tile" {
@@ -196,6 +191,7 @@ mod tests {
             row_pos: span(4),
             out: span(5),
             split: None,
+            prefetch: None,
             rows: 2,
             sequences: 2,
             heads_q: 5,

@@ -5,7 +5,7 @@ use super::params::VaeAttentionParams;
 use super::shared::{Checks, case, scale_for};
 use super::{DType, Launch, Op, Variant, div_ceil};
 use crate::device::{Geometry, Node, ParamBytes, Span};
-use crate::error::Result;
+use crate::error::{Error, Result};
 use crate::reference::vae_attention::vae_attention as reference;
 use crate::reference::{Exact, PlainBf16, PlainF32, Precision};
 
@@ -14,19 +14,34 @@ pub static OP: Op = Op {
     name: "vae_attention",
     summary: "softmax(scale q k^T) v, one head over all pixels of a latent",
     bound: "FLOPs: 34 GFLOP for a 512x512 picture, 1.4 % of the decoder",
-    variants: &[Variant {
-        name: "plain",
-        kernels: crate::kernels!("vae_attention", f32: "vae_attention_plain_f32", bf16: "vae_attention_plain_bf16"),
-        summary: "tiles of 32 queries and 32 keys with an online softmax, up to 512 channels",
-    }],
+    variants: &[
+        Variant {
+            name: "plain",
+            kernels: crate::kernels!("vae_attention", f32: "vae_attention_plain_f32", bf16: "vae_attention_plain_bf16"),
+            summary: "tiles of 32 queries and 32 keys with an online softmax, up to 512 channels",
+        },
+        Variant {
+            name: "mma",
+            kernels: crate::kernels!("vae_attention_mma", bf16: "vae_attention_mma_bf16"),
+            summary: "tensor cores, tiles of 32 queries and 64 keys; a multiple of 64 channels up to 512",
+        },
+    ],
     cases,
 };
 
-/// Queries of a block (`kBlockQ`).
+/// Queries of a block of either variant (`kBlockQ`, `kQueries`).
 const BLOCK_Q: usize = 32;
 /// Output channels that a block's registers hold (`kMaxChannels`).
 const MAX_CHANNELS: usize = 512;
 const THREADS: u32 = 256;
+/// Channels of a warp of `mma`.
+const WARP_CHANNELS: usize = 64;
+/// Keys of a tile of `mma` (`kKeys`).
+const MMA_KEYS: usize = 64;
+
+fn fits_mma(dtype: DType, channels: usize) -> bool {
+    dtype == DType::Bf16 && channels % WARP_CHANNELS == 0
+}
 
 /// One attention.
 #[derive(Clone, Copy, Debug)]
@@ -49,9 +64,14 @@ pub struct Args {
 
 /// Checks and records one launch; scores are scaled by `1 / sqrt(channels)`.
 pub fn node(launch: &Launch, label: &str, args: &Args) -> Result<Node> {
-    let variant = launch.selection.variant(&OP, "plain")?;
-    let checks = Checks::new(OP.name, variant.name);
     let Args { images, pixels, channels, .. } = *args;
+    let default = if fits_mma(launch.dtype, channels) { "mma" } else { "plain" };
+    let variant = launch.selection.variant(&OP, default)?;
+    let mma = variant.name == "mma";
+    let checks = Checks::new(OP.name, variant.name);
+    if mma && channels % WARP_CHANNELS != 0 {
+        return Err(checks.refuse(format!("channels is {channels}, must be a multiple of {WARP_CHANNELS}")));
+    }
     if channels > MAX_CHANNELS {
         return Err(checks.refuse(format!("channels is {channels}, must be at most {MAX_CHANNELS}")));
     }
@@ -61,6 +81,12 @@ pub fn node(launch: &Launch, label: &str, args: &Args) -> Result<Node> {
     let tensor = |name, span| checks.span(name, span, launch.dtype.bytes(), &[images, pixels, channels]);
     let (q, k, v) = (tensor("q", args.q)?, tensor("k", args.k)?, tensor("v", args.v)?);
     let out = tensor("out", args.out)?;
+    if let Some(span) = [q, k, v, out].iter().find(|s| mma && !s.ptr.0.is_multiple_of(16)) {
+        return Err(Error::Internal(format!(
+            "op vae_attention {label}: {:#x} is not 16-byte aligned",
+            span.ptr.0
+        )));
+    }
     let params = VaeAttentionParams {
         q: q.ptr.0,
         k: k.ptr.0,
@@ -73,6 +99,10 @@ pub fn node(launch: &Launch, label: &str, args: &Args) -> Result<Node> {
     };
     let mut geometry = Geometry::linear(div_ceil(pixels, BLOCK_Q), THREADS);
     geometry.grid[1] = params.images;
+    if mma {
+        // Queries, keys and values, rows of which lie 16 bytes off a multiple of 128.
+        geometry = geometry.with_shared(((BLOCK_Q + 2 * MMA_KEYS) * (channels + 8) * 2) as u32);
+    }
     geometry.dependent = launch.dependent;
     Ok(Node {
         label: label.into(),
@@ -100,6 +130,8 @@ fn cases() -> Vec<Case> {
         (1, 130, 512, 1.5),
         (1, 97, 301, 4.0),
         (1, 256, 128, 1.0),
+        (2, 129, 192, 3.0),
+        (1, 33, 64, 4.0),
     ];
     let real = [(1, 64, 512, 1.0), (1, 1024, 512, 1.0)];
     let mut cases = Vec::new();
@@ -110,9 +142,12 @@ fn cases() -> Vec<Case> {
             let flops = (4 * images * pixels * pixels * channels) as u64;
             let scale = if i < shapes.len() { scale_for(flops) } else { Scale::Real };
             let label = format!("images={images},pixels={pixels},channels={channels}");
-            cases.push(case(&OP, "plain", dtype, scale, (bytes, flops), label, move |rig, launch| {
-                run(rig, launch, shape)
-            }));
+            for variant in ["plain", "mma"] {
+                if variant == "plain" || fits_mma(dtype, channels) {
+                    let run = move |rig: &mut Rig, launch: &Launch| run(rig, launch, shape);
+                    cases.push(case(&OP, variant, dtype, scale, (bytes, flops), label.clone(), run));
+                }
+            }
         }
     }
     cases

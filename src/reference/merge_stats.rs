@@ -21,8 +21,7 @@ pub fn merge_stats<P: Precision>(
     groups: usize,
     eps: f32,
 ) -> Vec<P::T> {
-    let pixels: Vec<P::T> =
-        tile_pixels(height, width).into_iter().map(|n| P::constant(n as f64)).collect();
+    let pixels: Vec<P::T> = tile_pixels(height, width).into_iter().map(|n| P::constant(n as f64)).collect();
     let group_channels = channels / groups;
     let count = P::constant((height * width * group_channels) as f64);
     let mut stats = Vec::new();

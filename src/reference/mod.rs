@@ -14,6 +14,7 @@ pub mod gate_up;
 pub mod gather_rows;
 pub mod group_stats;
 pub mod linear;
+pub mod lm_head;
 pub mod merge_stats;
 pub mod norm;
 pub mod out_proj;

@@ -8,6 +8,7 @@
 
 mod case;
 mod center_crop;
+mod continuation;
 mod flow;
 mod free_run;
 mod models;
@@ -107,7 +108,7 @@ pub fn run_case(
         "samplers" => Outcome::Ran(flow::samplers(&context, models)?),
         "vae" => vae::run(&context)?,
         "picture" => picture::run(&context, models)?,
-        "text" => Outcome::Skipped("text generation is not built yet".into()),
+        "text" => continuation::run(&context, models)?,
         "center_crop" => center_crop::run(&context)?,
         other => Outcome::Skipped(format!("unknown kind {other:?}")),
     };

@@ -71,6 +71,7 @@ impl Models {
             (&vae_config, &vae_weights),
             dtype,
             &context.options.selection,
+            true,
         )?);
         self.loaded.push((key, loaded.clone()));
         Ok(loaded)

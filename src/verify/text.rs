@@ -23,7 +23,7 @@ fn read(path: &Path) -> Result<Value> {
 }
 
 /// The tokenizer in a folder. Folders of tokenizer files alone have the ids of the tiny model.
-fn tokenizer(root: &Path, name: &str) -> Result<Tokenizer> {
+pub(super) fn tokenizer(root: &Path, name: &str) -> Result<Tokenizer> {
     let dir = root.join(name);
     let ids = match ModelConfig::load(&dir) {
         Ok(config) => token_ids(&config),

@@ -248,6 +248,27 @@ impl Checkpoint {
         Ok(checkpoint)
     }
 
+    /// Tensors that are nothing but names and shapes: reading one is an error. For models whose values are made on the
+    /// device.
+    pub(crate) fn of_shapes(specs: &[TensorSpec]) -> Result<Checkpoint> {
+        let path = PathBuf::from("<shapes>");
+        let empty = Source::from_bytes(&path, Cow::Borrowed(&[]));
+        let mut checkpoint = Checkpoint { path, files: vec![empty], tensors: Vec::new() };
+        for spec in specs {
+            let elements = spec.shape.iter().try_fold(2u64, |product, &dim| product.checked_mul(dim as u64));
+            let too_large = || Error::Internal(format!("size of {} overflows", spec.name));
+            checkpoint.tensors.push(StoredTensor {
+                name: spec.name.clone(),
+                dtype: Dtype::Bf16,
+                shape: spec.shape.clone(),
+                file: 0,
+                data: StoredData::InFile { offset: 0, bytes: elements.ok_or_else(too_large)? },
+            });
+        }
+        checkpoint.sort_and_check_names()?;
+        Ok(checkpoint)
+    }
+
     fn open_file(path: &Path, file: &Path, options: OpenOptions) -> Result<Checkpoint> {
         let mut checkpoint = Checkpoint { path: path.to_owned(), files: Vec::new(), tensors: Vec::new() };
         let source = Source::open(file, options)?;

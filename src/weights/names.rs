@@ -117,6 +117,14 @@ impl ModelWeights {
         Ok(ModelWeights { checkpoint, slots, flow_mlp_dim })
     }
 
+    /// Shapes without values; see `Checkpoint::of_shapes`.
+    pub(crate) fn of_shapes(config: &ModelConfig) -> Result<ModelWeights> {
+        let mut specs = model_tensors(config, config.fm_head_dim);
+        // It is a formula where the checkpoint lacks it.
+        specs.retain(|spec| spec.part != Part::PositionTable);
+        ModelWeights::new(Checkpoint::of_shapes(&specs)?, config)
+    }
+
     /// The tensor of this official name. A tied `lm_head.weight` is the embedding table.
     pub fn get(&self, name: &str) -> Result<TensorView<'_>> {
         self.find(name).ok_or_else(|| self.checkpoint.missing(name))

@@ -140,6 +140,11 @@ impl VaeWeights {
         Ok(VaeWeights { checkpoint, slots, has_encoder })
     }
 
+    /// Shapes without values; see `Checkpoint::of_shapes`.
+    pub(crate) fn of_shapes(config: &VaeConfig) -> Result<VaeWeights> {
+        VaeWeights::new(Checkpoint::of_shapes(&vae_tensors(config))?, config)
+    }
+
     /// The tensor of this official name. The weights of the attention's q, k, v and proj_out are [C, C].
     pub fn get(&self, name: &str) -> Result<TensorView<'_>> {
         self.slots.find(&self.checkpoint, name).ok_or_else(|| self.checkpoint.missing(name))

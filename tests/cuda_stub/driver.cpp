@@ -274,6 +274,15 @@ EXPORT int cuEventSynchronize(Event* event) {
     return call.code;
 }
 
+// A millisecond per marker in between; only of events that were recorded.
+EXPORT int cuEventElapsedTime_v2(float* milliseconds, Event* start, Event* end) {
+    Call call("cuEventElapsedTime_v2");
+    if (!call.live(start, "event") || !call.live(end, "event") || call.code != kSuccess) return call.code;
+    if (start->marker == 0 || end->marker == 0) return call.code = kInvalidHandle;
+    *milliseconds = static_cast<float>(end->marker - start->marker);
+    return call.code;
+}
+
 // The tests' images: an ELF header, then lines of "symbol bytes-of-its-parameters", then a zero.
 EXPORT int cuModuleLoadData(Module** module, const void* image) {
     Call call("cuModuleLoadData");

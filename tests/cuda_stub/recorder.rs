@@ -106,6 +106,10 @@ impl Stream for RecordingStream {
         self.inner.record()
     }
 
+    fn record_timed(&mut self) -> Result<Box<dyn Event>> {
+        self.inner.record_timed()
+    }
+
     fn synchronize(&mut self) -> Result<()> {
         self.inner.synchronize()
     }

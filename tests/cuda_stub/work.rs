@@ -41,19 +41,24 @@ pub fn work(device: &CudaDevice) -> Result<()> {
     let executable = stream.instantiate(Arc::new(list))?;
     stream.replay(executable.as_ref())?;
     stream.replay(executable.as_ref())?;
+    let before = stream.record_timed()?;
     let event = stream.record()?;
     let mut polls = 0;
     while !event.is_done()? && polls < 100 {
         polls += 1;
     }
     event.wait()?;
+    let after = stream.record_timed()?;
+    after.wait()?;
+    // The stub counts a millisecond per event.
+    let elapsed = after.milliseconds_since(before.as_ref())?;
     stream.synchronize()?;
     let mut back = vec![0; bytes.len()];
     stream.download(a.ptr(), &mut back)?;
     let mut filled = [0; 1024];
     stream.download(b.ptr(), &mut filled)?;
-    let right = back == *bytes && filled == [7; 1024] && (1..100).contains(&polls);
-    if right { Ok(()) } else { Err(Error::Internal(format!("wrong bytes, or {polls} polls"))) }
+    let right = back == *bytes && filled == [7; 1024] && (1..100).contains(&polls) && elapsed == 2.0;
+    if right { Ok(()) } else { Err(Error::Internal(format!("wrong bytes, {polls} polls, {elapsed} ms"))) }
 }
 
 #[test]

@@ -281,6 +281,9 @@ impl<'a> Chain<'a> {
         let (w_next, b_next) = self.pair("next", &head.next);
         let draws_per_slot = token.draws.len() / values;
         let state = GenerationState { token: token.token, nonfinite: token.nonfinite, ..Default::default() };
+        let exchange_bytes =
+            flow_chain::exchange_bytes((head.width, head.mlp_width, TOKEN_DIM), images, branches);
+        let exchange = vec![0; exchange_bytes];
         let draws = self.upload_f32("draws", token.draws);
         let forced_x = token.forced_x.map(|x| self.upload_f32("forced_x", x));
         let rig = &mut self.rig;
@@ -312,6 +315,7 @@ impl<'a> Chain<'a> {
             forced_x,
             state,
             barrier: rig.bytes("barrier", bytemuck::bytes_of(&GridBarrier::default())).unwrap(),
+            exchange: rig.bytes("exchange", &exchange).unwrap(),
             h,
             a,
             v_raw,

@@ -15,7 +15,9 @@ use warpstep::Error;
 /// of the first picture unless --size is given.
 ///
 ///   warpstep edit circle.png "make the circle black" --cfg 3 --cfg-img 1.5 -o black.png
+///
 ///   warpstep edit photo.jpg "remove the car" --resize bucket:512 --model NextStep-1-Large-Edit --preset edit
+///
 ///   warpstep edit circle.png --prompts instructions.txt -o out.png        # out-0.png, out-1.png, ...
 #[derive(Args)]
 #[command(

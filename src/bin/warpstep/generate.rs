@@ -3,6 +3,7 @@
 use crate::args::{DeviceArgs, Precision, parse_size};
 use crate::outputs::{check_output, numbered, with_number};
 use crate::prompts::{Prompt, read_prompts};
+use crate::think::{ThinkArgs, Thought};
 use anyhow::Result;
 use clap::Args;
 use indicatif::{ProgressBar, ProgressDrawTarget, ProgressStyle};
@@ -29,7 +30,9 @@ use warpstep::tokens::ImageTokens;
 /// stored in the PNG, where `warpstep inspect` finds it.
 ///
 ///   warpstep generate "a small blue star on a yellow background" --seed 7 -n 4 -o stars.png
+///
 ///   warpstep generate "a red panda" --model NextStep-1.1 --size 512x512 --steps 28 --cfg 7.5
+///
 ///   warpstep generate --prompts captions.txt -o out.png        # out-0.png, out-1.png, ...
 #[derive(Args)]
 pub struct Generate {
@@ -40,7 +43,8 @@ pub struct Generate {
     /// Decode the image tokens of a file that --save-tokens wrote: the same pictures again, without the transformer.
     #[arg(long, value_name = "FILE", conflicts_with_all = [
         "prompt", "prompts", "size", "negative", "positive", "cfg", "cfg_schedule", "steps", "sampler", "shift",
-        "noise_level", "use_norm", "rescale", "seed", "n", "first_image", "preset", "preview", "save_tokens", "plan",
+        "noise_level", "use_norm", "rescale", "seed", "n", "first_image", "preset", "preview", "save_tokens",
+        "plan", "think", "refine",
     ])]
     from_tokens: Option<PathBuf>,
 
@@ -164,6 +168,9 @@ pub struct Options {
     output: PathBuf,
 
     #[command(flatten)]
+    think: ThinkArgs,
+
+    #[command(flatten)]
     device: DeviceArgs,
 }
 
@@ -212,6 +219,7 @@ impl Options {
         if !self.plan {
             self.check_outputs()?;
         }
+        self.think.check()?;
         let prompts = match (&self.prompts, prompt) {
             (Some(path), _) => read_prompts(path)?,
             (None, prompt) => vec![Prompt { text: prompt.unwrap_or_default(), place: None }],
@@ -244,7 +252,8 @@ impl Options {
                 progress.suspend(|| eprintln!("prompt {} of {count}: {}", number + 1, job.prompt.text));
             }
             job.request.images = edit.as_ref().map(|edit| edit.images.clone()).unwrap_or_default();
-            let made = self.make(&engine, &mut session, &job, &progress);
+            let thought = job.prompt.about(self.think.apply(&engine, &mut job.request))?;
+            let made = self.make(&engine, &mut session, &job, thought.as_ref(), &progress);
             job.prompt.about(made)?;
         }
         progress.finish_and_clear();
@@ -261,6 +270,7 @@ impl Options {
             mmap: !self.no_mmap,
             vae: self.vae.clone(),
             kernels: self.device.selection()?,
+            text: self.think.writes(),
             ..EngineOptions::default()
         };
         Ok(Arc::new(match self.plan {
@@ -277,7 +287,14 @@ impl Options {
     }
 
     /// Makes and writes the pictures of one prompt.
-    fn make(&self, engine: &Engine, session: &mut Session, job: &Job, progress: &ProgressBar) -> Result<()> {
+    fn make(
+        &self,
+        engine: &Engine,
+        session: &mut Session,
+        job: &Job,
+        thought: Option<&Thought>,
+        progress: &ProgressBar,
+    ) -> Result<()> {
         let request = &job.request;
         let plan = engine.plan(request)?;
         progress.suspend(|| eprintln!("{}: {}\n{}", engine.name(), request.describe(), sizes(&plan)));
@@ -308,7 +325,7 @@ impl Options {
         self.write_previews(&result.images, (rows, rows))?;
         let notes: Vec<Metadata> = match self.no_metadata {
             true => Vec::new(),
-            false => (0..request.n).map(|index| self.metadata(engine, request, index)).collect(),
+            false => (0..request.n).map(|index| self.metadata(engine, request, thought, index)).collect(),
         };
         let place = |path: &Path| job.number.map_or_else(|| path.to_path_buf(), |n| with_number(path, n));
         let mut files = write_pictures(&place(&self.output), &result.images, &notes)?;
@@ -334,7 +351,7 @@ impl Options {
         if self.json {
             let value = serde_json::json!({
                 "files": files, "request": request, "plan": result.plan, "timings": t,
-                "device": engine.device_info().name,
+                "device": engine.device_info().name, "thought": thought,
             });
             println!("{value}");
         }
@@ -440,9 +457,15 @@ impl Options {
     }
 
     /// What the PNG remembers: enough to make this image again by itself.
-    fn metadata(&self, engine: &Engine, request: &GenerateRequest, index: u32) -> Metadata {
+    fn metadata(
+        &self,
+        engine: &Engine,
+        request: &GenerateRequest,
+        thought: Option<&Thought>,
+        index: u32,
+    ) -> Metadata {
         let alone = request.single(index);
-        let json = serde_json::json!({
+        let mut json = serde_json::json!({
             "version": env!("CARGO_PKG_VERSION"),
             "model": engine.name(),
             "device": engine.device_info().name,
@@ -451,6 +474,9 @@ impl Options {
             "kernels": self.device.kernels,
             "request": alone,
         });
+        if let Some(thought) = thought {
+            json["thought"] = serde_json::json!(thought);
+        }
         Metadata { parameters: alone.webui_parameters(engine.name()), json: json.to_string() }
     }
 }

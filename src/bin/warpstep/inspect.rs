@@ -56,6 +56,11 @@ impl Inspect {
                 c.token_dim(),
                 if c.use_gen_pos_embed { "yes" } else { "no" }
             );
+            println!(
+                "  text: {}{}; on the device only for complete, --think and --refine",
+                if c.tie_word_embeddings { "embedding table as LM head" } else { "LM head" },
+                if c.use_mlp_before_lm_head { ", behind before_lm_head" } else { "" }
+            );
         }
         if let Some(vae) = &summary.vae {
             print_checkpoint("vae", vae);

@@ -1,6 +1,7 @@
 //! `warpstep kernels`: what there is, and whether it is right.
 
 use crate::args::{DeviceArgs, Precision};
+use crate::kernels_bench::KernelsBench;
 use anyhow::{Result, bail};
 use clap::{Args, Subcommand};
 use std::path::PathBuf;
@@ -20,6 +21,8 @@ pub enum Kernels {
     Test(Test),
     /// Check the device's primitives against the PTX manual, and against outputs kept from another device.
     Conformance(Conformance),
+    /// Time every variant, with cold and hot caches, against the copy bandwidth of the same run.
+    Bench(KernelsBench),
 }
 
 /// Options of `kernels list`.
@@ -95,6 +98,7 @@ impl Kernels {
             Kernels::List(list) => list.run(),
             Kernels::Test(test) => test.run(),
             Kernels::Conformance(conformance) => conformance.run(),
+            Kernels::Bench(bench) => bench.run(),
         }
     }
 }

@@ -2,15 +2,20 @@
 //! Exit codes: 0 done, 1 failure, 2 usage, 130 cancelled.
 
 mod args;
+mod bench;
+mod complete;
 mod doctor;
 mod edit;
 mod generate;
 mod inspect;
 mod kernels;
+mod kernels_bench;
+mod measured;
 mod outputs;
 mod picture;
 mod prompts;
 mod reconstruct;
+mod think;
 mod verify;
 
 use clap::{Parser, Subcommand};
@@ -29,22 +34,19 @@ struct Cli {
     verb: Verb,
 }
 
+// A comment here would replace the one of the verb's own struct, and with it the examples in its help.
 #[derive(Subcommand)]
 enum Verb {
-    /// Make pictures from a caption.
     Generate(generate::Generate),
-    /// Change pictures as a text says.
     Edit(edit::Edit),
-    /// Encode and decode pictures, and print what is lost.
+    Complete(complete::Complete),
     Reconstruct(reconstruct::Reconstruct),
-    /// Compare the engine with tensors recorded from the official code.
     Verify(verify::Verify),
     /// List the kernels, or test them against their references.
     #[command(subcommand)]
     Kernels(kernels::Kernels),
-    /// Describe a checkpoint folder, or print the parameters stored in a PNG.
+    Bench(bench::Bench),
     Inspect(inspect::Inspect),
-    /// Report what this machine and this build can do.
     Doctor(doctor::Doctor),
 }
 
@@ -54,9 +56,11 @@ fn main() -> ExitCode {
     let result = match cli.verb {
         Verb::Generate(verb) => verb.run(),
         Verb::Edit(verb) => verb.run(),
+        Verb::Complete(verb) => verb.run(),
         Verb::Reconstruct(verb) => verb.run(),
         Verb::Verify(verb) => verb.run(),
         Verb::Kernels(verb) => verb.run(),
+        Verb::Bench(verb) => verb.run(),
         Verb::Inspect(verb) => verb.run(),
         Verb::Doctor(verb) => verb.run(),
     };

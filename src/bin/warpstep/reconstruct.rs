@@ -19,6 +19,7 @@ use warpstep::reconstruct::{ChannelStats, LatentNoise, reconstruct};
 /// with means.
 ///
 ///   warpstep reconstruct photo.png -o decoded.png
+///
 ///   warpstep reconstruct photos --resize bucket:512 --noise 0.2 -o noisy.png
 #[derive(Args)]
 pub struct Reconstruct {

@@ -8,8 +8,9 @@ use std::process::ExitCode;
 use warpstep::ops::DType;
 use warpstep::verify::{Models, Outcome, VerifyOptions, run_case};
 
-/// Feed every stage its recorded input and draws, compare every recorded output.
+/// Compare the engine with tensors recorded from the official code.
 ///
+/// Every stage is fed its recorded input and draws, and every recorded output is compared.
 /// Cases of kind `picture` run freely from their prompt and draws, in f32: at most 0.5 % of the picture's values may
 /// be more than one level off (and the tokens, where recorded, what moved draws moved them by). Prints one line per tensor: case, tensor, shape, variants, largest and mean error,
 /// allowed error, ok or FAIL; then "N passed, N failed, N skipped", counting cases.

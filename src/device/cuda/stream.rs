@@ -3,10 +3,13 @@
 use super::graph::{CudaExecutable, attributes};
 use super::shared::{Shared, lock};
 use super::sys::{
-    EVENT_DISABLE_TIMING, EventHandle, LaunchConfig, NOT_READY, STREAM_NON_BLOCKING, StreamHandle,
+    EVENT_DEFAULT, EVENT_DISABLE_TIMING, EventHandle, LaunchConfig, NOT_READY, STREAM_NON_BLOCKING,
+    StreamHandle,
 };
 use crate::device::{DevicePtr, Event, Executable, Node, NodeList, Span, Stream};
 use crate::error::{Error, Result};
+use std::any::Any;
+use std::ffi::c_uint;
 use std::sync::Arc;
 
 pub(super) struct CudaStream {
@@ -24,6 +27,19 @@ impl CudaStream {
             shared.check(unsafe { shared.driver.cuStreamCreate(&mut handle, STREAM_NON_BLOCKING) })?;
         }
         Ok(CudaStream { handle, shared })
+    }
+
+    /// A new event at the end of the queue.
+    fn mark(&mut self, flags: c_uint) -> Result<Box<dyn Event>> {
+        let shared = &self.shared;
+        let _entered = shared.enter()?;
+        let mut handle = EventHandle::NULL;
+        // SAFETY: a place for the answer.
+        shared.check(unsafe { shared.driver.cuEventCreate(&mut handle, flags) })?;
+        let event = CudaEvent { handle, shared: shared.clone() };
+        // SAFETY: an event and a stream of this context.
+        shared.check(unsafe { shared.driver.cuEventRecord(handle, self.handle) })?;
+        Ok(Box::new(event))
     }
 }
 
@@ -116,15 +132,11 @@ impl Stream for CudaStream {
     }
 
     fn record(&mut self) -> Result<Box<dyn Event>> {
-        let shared = &self.shared;
-        let _entered = shared.enter()?;
-        let mut handle = EventHandle::NULL;
-        // SAFETY: a place for the answer.
-        shared.check(unsafe { shared.driver.cuEventCreate(&mut handle, EVENT_DISABLE_TIMING) })?;
-        let event = CudaEvent { handle, shared: shared.clone() };
-        // SAFETY: an event and a stream of this context.
-        shared.check(unsafe { shared.driver.cuEventRecord(handle, self.handle) })?;
-        Ok(Box::new(event))
+        self.mark(EVENT_DISABLE_TIMING)
+    }
+
+    fn record_timed(&mut self) -> Result<Box<dyn Event>> {
+        self.mark(EVENT_DEFAULT)
     }
 
     fn synchronize(&mut self) -> Result<()> {
@@ -157,6 +169,26 @@ impl Event for CudaEvent {
         let _entered = shared.enter()?;
         // SAFETY: an event of this context.
         shared.check(unsafe { shared.driver.cuEventSynchronize(self.handle) })
+    }
+
+    fn milliseconds_since(&self, earlier: &dyn Event) -> Result<f64> {
+        let shared = &self.shared;
+        let earlier = earlier
+            .as_any()
+            .downcast_ref::<CudaEvent>()
+            .filter(|earlier| Arc::ptr_eq(&earlier.shared, shared))
+            .ok_or_else(|| Error::Device("time since an event of another device".into()))?;
+        let _entered = shared.enter()?;
+        let mut milliseconds = 0f32;
+        // SAFETY: a place for the answer and two events of this context; the driver refuses those without a time.
+        shared.check(unsafe {
+            shared.driver.cuEventElapsedTime_v2(&mut milliseconds, earlier.handle, self.handle)
+        })?;
+        Ok(f64::from(milliseconds))
+    }
+
+    fn as_any(&self) -> &dyn Any {
+        self
     }
 }
 

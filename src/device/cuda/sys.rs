@@ -90,6 +90,7 @@ pub(super) const FUNCTION_MAX_DYNAMIC_SHARED_BYTES: c_int = 8;
 pub(super) const FUNCTION_NON_PORTABLE_CLUSTER: c_int = 14;
 
 pub(super) const STREAM_NON_BLOCKING: c_uint = 1;
+pub(super) const EVENT_DEFAULT: c_uint = 0;
 pub(super) const EVENT_DISABLE_TIMING: c_uint = 2;
 
 pub(super) const LAUNCH_COOPERATIVE: c_uint = 2;
@@ -287,6 +288,7 @@ functions! {
     cuEventRecord(event: EventHandle, stream: StreamHandle);
     cuEventQuery(event: EventHandle);
     cuEventSynchronize(event: EventHandle);
+    cuEventElapsedTime_v2(milliseconds: *mut f32, start: EventHandle, end: EventHandle);
     cuModuleLoadData(module: *mut Module, image: *const c_void);
     cuModuleUnload(module: Module);
     cuModuleGetFunction(function: *mut Function, module: Module, name: *const c_char);

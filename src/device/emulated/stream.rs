@@ -7,6 +7,7 @@ use crate::error::{Error, Result};
 use std::any::Any;
 use std::collections::HashMap;
 use std::sync::Arc;
+use std::time::Instant;
 
 pub(super) struct EmulatedStream {
     shared: Arc<Shared>,
@@ -30,7 +31,9 @@ impl Executable for Replayable {
 }
 
 /// Everything before it has run.
-struct Passed;
+struct Passed {
+    at: Instant,
+}
 
 impl Event for Passed {
     fn is_done(&self) -> Result<bool> {
@@ -39,6 +42,17 @@ impl Event for Passed {
 
     fn wait(&self) -> Result<()> {
         Ok(())
+    }
+
+    fn milliseconds_since(&self, earlier: &dyn Event) -> Result<f64> {
+        let Some(earlier) = earlier.as_any().downcast_ref::<Passed>() else {
+            return Err(Error::Device("time since an event of another device".into()));
+        };
+        Ok(self.at.saturating_duration_since(earlier.at).as_secs_f64() * 1e3)
+    }
+
+    fn as_any(&self) -> &dyn Any {
+        self
     }
 }
 
@@ -185,7 +199,11 @@ impl Stream for EmulatedStream {
 
     fn record(&mut self) -> Result<Box<dyn Event>> {
         self.shared.begin("record")?;
-        Ok(Box::new(Passed))
+        Ok(Box::new(Passed { at: Instant::now() }))
+    }
+
+    fn record_timed(&mut self) -> Result<Box<dyn Event>> {
+        self.record()
     }
 
     fn synchronize(&mut self) -> Result<()> {

@@ -1,54 +1,69 @@
 //! Input pictures of a run: from pixels to the image tokens that prefill embeds.
 
-use super::Run;
-use crate::device::{NodeList, Span};
+use super::{Run, stage_selection};
+use crate::device::{NodeList, Span, Stream};
 use crate::error::{Error, Result};
-use crate::model::arena::Stage;
+use crate::model::arena::{Arena, Stage};
+use crate::model::nextstep::NextStep;
 use crate::model::plan::SourceSlots;
+use crate::model::sources::Sources;
 use crate::model::vae::{Encoded, LatentOutputs, VaeEncoder};
-use crate::ops;
+use crate::ops::product::ProductScratch;
+use crate::ops::{self, Launch};
 use std::sync::Arc;
 
-impl Run {
-    fn source_parts(&self) -> Result<(&SourceSlots, &VaeEncoder)> {
-        let parts = self.slots.sources.as_ref().zip(self.model.encoder.as_ref());
+/// What runs of every kind have of their input pictures.
+#[derive(Clone, Copy)]
+pub(in crate::model) struct SourceParts<'a> {
+    model: &'a NextStep,
+    arena: &'a Arena,
+    /// None for a run without pictures.
+    slots: Option<&'a SourceSlots>,
+    sources: &'a Sources,
+}
+
+impl<'a> SourceParts<'a> {
+    /// Of a run's fields, so that its stream stays free to be used.
+    pub(in crate::model) fn new(
+        model: &'a NextStep,
+        arena: &'a Arena,
+        slots: &'a Option<SourceSlots>,
+        sources: &'a Sources,
+    ) -> SourceParts<'a> {
+        SourceParts { model, arena, slots: slots.as_ref(), sources }
+    }
+
+    fn present(&self) -> Result<(&SourceSlots, &VaeEncoder)> {
+        let parts = self.slots.zip(self.model.encoder.as_ref());
         parts.ok_or_else(|| Error::Internal("a run without input pictures".into()))
     }
 
     /// Uploads the draws, and which rows take which image token.
-    pub(super) fn upload_sources(&mut self) -> Result<()> {
-        let Some(slots) = &self.slots.sources else { return Ok(()) };
-        let sources = &self.spec.sources;
+    pub(in crate::model) fn upload(&self, stream: &mut dyn Stream) -> Result<()> {
+        let Some(slots) = self.slots else { return Ok(()) };
+        let sources = self.sources;
         let draws: Vec<f32> = sources.places.iter().flat_map(|place| place.draw.iter().copied()).collect();
-        self.stream.upload(self.arena.span(slots.rows).ptr, bytemuck::cast_slice(&sources.rows))?;
+        stream.upload(self.arena.span(slots.rows).ptr, bytemuck::cast_slice(&sources.rows))?;
         match draws.is_empty() {
             true => Ok(()),
-            false => self.stream.upload(self.arena.span(slots.draws).ptr, bytemuck::cast_slice(&draws)),
+            false => stream.upload(self.arena.span(slots.draws).ptr, bytemuck::cast_slice(&draws)),
         }
     }
 
-    /// `[tokens, K]` E: the image tokens of all places; until prefill is over.
-    pub fn source_tokens(&self) -> Result<Span> {
-        let (slots, _) = self.source_parts()?;
-        Ok(self.arena.span(slots.tokens))
-    }
-
-    /// Nodes from the pixels of one picture to the tokens of every place that shows it. `taps` gives the optional
-    /// outputs of a place, by its index.
-    pub fn record_source(
+    /// See [`Run::record_source`].
+    fn record(
         &self,
+        launch: &Launch<'_>,
         picture: usize,
         taps: impl Fn(usize) -> ops::encode_latent::Taps,
     ) -> Result<(NodeList, Encoded)> {
-        let (slots, encoder) = self.source_parts()?;
-        let sources = &self.spec.sources;
+        let (slots, encoder) = self.present()?;
+        let sources = self.sources;
         let image = sources.pictures.get(picture);
         let image = image.ok_or_else(|| Error::Internal(format!("there is no picture {picture}")))?;
         let size = (image.height() as usize, image.width() as usize);
-        let selection = self.stage_selection(Stage::Prefill)?;
-        let launch = self.launch(&selection);
         let mut list = NodeList::new();
-        let encoded = encoder.record(&launch, &mut list, size, self.arena.span(slots.encoder), false)?;
+        let encoded = encoder.record(launch, &mut list, size, self.arena.span(slots.encoder), false)?;
         let token_bytes = self.model.config.token_dim() * self.model.dtype.bytes();
         let (tokens, draws) = (self.arena.span(slots.tokens), self.arena.span(slots.draws));
         let mut first_value = 0;
@@ -64,33 +79,67 @@ impl Run {
                 patch: self.model.config.latent_patch_size,
                 taps: taps(index),
             };
-            encoder.record_tokens(&launch, &mut list, &encoded, &outputs)?;
+            encoder.record_tokens(launch, &mut list, &encoded, &outputs)?;
         }
         Ok((list, encoded))
     }
 
     /// Encodes every picture, one after another over the same memory.
-    pub fn encode_sources(&mut self) -> Result<()> {
-        for picture in 0..self.spec.sources.pictures.len() {
-            let (list, encoded) = self.record_source(picture, |_| Default::default())?;
-            let values = VaeEncoder::pixel_values(&self.spec.sources.pictures[picture]);
-            let (bytes, _) = ops::harness::encode(self.model.dtype, values);
-            self.stream.upload(encoded.pixels.ptr, &bytes)?;
-            let executable = self.stream.instantiate(Arc::new(list))?;
-            self.stream.replay(executable.as_ref())?;
-            self.stream.synchronize()?;
+    pub(in crate::model) fn encode(&self, launch: &Launch<'_>, stream: &mut dyn Stream) -> Result<()> {
+        for (picture, image) in self.sources.pictures.iter().enumerate() {
+            let (list, encoded) = self.record(launch, picture, |_| Default::default())?;
+            let (bytes, _) = ops::harness::encode(self.model.dtype, VaeEncoder::pixel_values(image));
+            stream.upload(encoded.pixels.ptr, &bytes)?;
+            let executable = stream.instantiate(Arc::new(list))?;
+            stream.replay(executable.as_ref())?;
+            stream.synchronize()?;
         }
         Ok(())
     }
 
     /// Nodes that project the image tokens; what the embedding then takes.
-    pub(super) fn record_source_rows(&self, list: &mut NodeList) -> Result<Option<ops::embed::Source>> {
-        let Some(slots) = &self.slots.sources else { return Ok(None) };
-        let selection = self.stage_selection(Stage::Prefill)?;
-        let launch = self.launch(&selection);
+    pub(in crate::model) fn record_rows(
+        &self,
+        launch: &Launch<'_>,
+        list: &mut NodeList,
+        scratch: Option<ProductScratch>,
+    ) -> Result<Option<ops::embed::Source>> {
+        let Some(slots) = self.slots else { return Ok(None) };
         let (tokens, x) = (self.arena.span(slots.tokens), self.arena.span(slots.x));
-        let count = self.spec.sources.tokens();
-        self.model.flow.record_in_projector(&launch, list, tokens, x, count, self.scratch())?;
+        let count = self.sources.tokens();
+        self.model.flow.record_in_projector(launch, list, tokens, x, count, scratch)?;
         Ok(Some(ops::embed::Source { x, rows: self.arena.span(slots.rows), count }))
+    }
+}
+
+impl Run {
+    pub(super) fn source_parts(&self) -> SourceParts<'_> {
+        SourceParts::new(&self.model, &self.arena, &self.slots.sources, &self.spec.sources)
+    }
+
+    /// `[tokens, K]` E: the image tokens of all places; until prefill is over.
+    pub fn source_tokens(&self) -> Result<Span> {
+        let parts = self.source_parts();
+        let (slots, _) = parts.present()?;
+        Ok(self.arena.span(slots.tokens))
+    }
+
+    /// Nodes from the pixels of one picture to the tokens of every place that shows it. `taps` gives the optional
+    /// outputs of a place, by its index.
+    pub fn record_source(
+        &self,
+        picture: usize,
+        taps: impl Fn(usize) -> ops::encode_latent::Taps,
+    ) -> Result<(NodeList, Encoded)> {
+        let selection = stage_selection(&self.model, &self.selection, Stage::Prefill)?;
+        self.source_parts().record(&self.launch(&selection), picture, taps)
+    }
+
+    /// Encodes every picture, one after another over the same memory.
+    pub fn encode_sources(&mut self) -> Result<()> {
+        let selection = stage_selection(&self.model, &self.selection, Stage::Prefill)?;
+        let launch = self.launch(&selection);
+        let parts = SourceParts::new(&self.model, &self.arena, &self.slots.sources, &self.spec.sources);
+        parts.encode(&launch, self.stream.as_mut())
     }
 }

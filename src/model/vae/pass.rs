@@ -27,13 +27,19 @@ impl Tensors {
         let mut tensors = HashMap::new();
         for spec in weights.specs().iter().filter(|spec| spec.part == part) {
             let view = weights.get(&spec.name)?;
-            let span = up.values(&format!("vae.{}", spec.name), view.elements(), || {
-                let values = convert::to_f32(&view)?;
-                match *spec.shape.as_slice() {
-                    [o, i, kh, kw] => convert::conv_to_ohwi(&values, [o, i, kh, kw]),
-                    _ => Ok(values),
-                }
-            })?;
+            let label = format!("vae.{}", spec.name);
+            let span = if up.is_random() {
+                // As many values in whichever order.
+                up.one(&label, &view)?
+            } else {
+                up.values(&label, view.elements(), || {
+                    let values = convert::to_f32(&view)?;
+                    match *spec.shape.as_slice() {
+                        [o, i, kh, kw] => convert::conv_to_ohwi(&values, [o, i, kh, kw]),
+                        _ => Ok(values),
+                    }
+                })?
+            };
             tensors.insert(spec.name.clone(), span);
         }
         // The probe of norm_out is a convolution by one.
@@ -126,11 +132,13 @@ impl Pass<'_> {
     /// after it wants them.
     fn partial(&self, steps: &Steps, index: usize) -> Result<Option<Span>> {
         let Some([step, next]) = steps.list.get(index..index + 2) else { return Ok(None) };
-        let (Kind::Conv { x, y, ksize, resample, .. }, Kind::Stats { x: wanted, .. }) = (&step.kind, &next.kind)
+        let (Kind::Conv { x, y, ksize, resample, .. }, Kind::Stats { x: wanted, .. }) =
+            (&step.kind, &next.kind)
         else {
             return Ok(None);
         };
-        if y != wanted || !ops::conv2d::makes_partial(self.launch, &self.conv_shape(x, y, *ksize, *resample))? {
+        if y != wanted || !ops::conv2d::makes_partial(self.launch, &self.conv_shape(x, y, *ksize, *resample))?
+        {
             return Ok(None);
         }
         self.span(&Tensor { place: steps.partial, ..*y }).map(Some)

@@ -1,6 +1,6 @@
 //! Test and bench cases of `flow_chain`: random heads, every branch count and option, against the reference.
 
-use super::{Args, OP, node};
+use super::{Args, OP, exchange_bytes, node};
 use crate::device::Span;
 use crate::error::Result;
 use crate::ops::harness::{Case, Check, Rig, Scale, Tensor, compare, within};
@@ -128,14 +128,79 @@ pub(super) fn cases() -> Vec<Case> {
     ];
     let mut cases = Vec::new();
     for &dtype in DType::ALL {
-        cases.extend(small.map(|s| make_case(s, dtype, Scale::Small)));
-        cases.extend(medium.map(|s| make_case(s, dtype, Scale::Medium)));
+        cases.extend(small.map(|s| make_case(s, "plain", dtype, Scale::Small)));
+        cases.extend(medium.map(|s| make_case(s, "plain", dtype, Scale::Medium)));
     }
-    cases.extend(real.map(|s| make_case(s, DType::Bf16, Scale::Real)));
+    cases.extend(real.map(|s| make_case(s, "plain", DType::Bf16, Scale::Real)));
+    for variant in ["ring", "resident"] {
+        let bf16 = DType::Bf16;
+        cases.extend(ring_small().map(|s| make_case(s, variant, bf16, Scale::Small)));
+        cases.extend(ring_medium().map(|s| make_case(s, variant, bf16, Scale::Medium)));
+        cases.extend(ring_real().map(|s| make_case(s, variant, bf16, Scale::Real)));
+    }
     cases
 }
 
-fn make_case(s: Shape, dtype: DType, scale: Scale) -> Case {
+/// Widths of whole 32: tiles and segments with tails, every number of sequences and branches, more than one pass.
+fn ring_small() -> [Shape; 8] {
+    [
+        Shape { steps: 1, branches: 1, blocks: 1, token_dim: 16, noise: Noise::None, ..BASE },
+        Shape { steps: 4, width: 64, mlp_width: 96, blocks: 1, ..BASE },
+        Shape { branches: 3, blocks: 1, width: 32, noise: Noise::All, recorded: true, ..BASE },
+        Shape { images: 2, width: 96, mlp_width: 160, blocks: 1, rescale: true, use_norm: false, ..BASE },
+        // Six sequences and three, with outputs and a token that nothing divides.
+        Shape {
+            images: 3,
+            branches: 3,
+            width: 64,
+            mlp_width: 32,
+            blocks: 1,
+            token_dim: 13,
+            hidden: 37,
+            rescale: true,
+            noise: Noise::All,
+            ..BASE
+        },
+        Shape { steps: 3, width: 32, mlp_width: 64, forced: true, noise: Noise::All, blocks: 1, ..BASE },
+        Shape { steps: 1, blocks: 1, width: 64, mlp_width: 64, offset: 1000.0, ..BASE },
+        // Eight sequences and one.
+        Shape {
+            steps: 1,
+            images: 9,
+            branches: 1,
+            width: 32,
+            mlp_width: 64,
+            blocks: 1,
+            token_dim: 16,
+            ..BASE
+        },
+    ]
+}
+
+fn ring_medium() -> [Shape; 5] {
+    [
+        // Rings of four stages go round a hundred times.
+        Shape { steps: 5, width: 192, mlp_width: 544, blocks: 4, ..BASE },
+        Shape { steps: 3, images: 5, branches: 1, width: 576, mlp_width: 192, blocks: 3, ..BASE },
+        Shape { images: 4, branches: 2, width: 320, mlp_width: 96, recorded: true, ..BASE },
+        Shape { images: 2, branches: 3, width: 96, mlp_width: 1056, rescale: true, hidden: 256, ..BASE },
+        Shape { images: 7, branches: 1, width: 96, mlp_width: 96, hidden: 75, noise: Noise::All, ..BASE },
+    ]
+}
+
+/// The base head whole; two of the blocks of the others, the rest would be more of the same.
+fn ring_real() -> [Shape; 4] {
+    let base = Shape { width: 1536, mlp_width: 1536, hidden: 5120, ..BASE };
+    let wide = Shape { steps: 1, width: 2048, mlp_width: 2048, blocks: 2, hidden: 5120, ..BASE };
+    [
+        Shape { steps: 4, blocks: 12, ..base },
+        Shape { width: 1024, mlp_width: 1024, blocks: 2, branches: 3, ..base },
+        Shape { branches: 3, ..wide },
+        Shape { images: 4, mlp_width: 4 * 2048, blocks: 1, ..wide },
+    ]
+}
+
+fn make_case(s: Shape, variant: &'static str, dtype: DType, scale: Scale) -> Case {
     let per_evaluation = 2 * s.blocks * s.width * s.mlp_width + 2 * s.width * s.token_dim;
     let bytes = (s.steps * per_evaluation + s.hidden * s.token_dim) * dtype.bytes();
     let flops = 2 * s.images * (s.steps * s.branches * per_evaluation + s.hidden * s.token_dim);
@@ -162,7 +227,7 @@ fn make_case(s: Shape, dtype: DType, scale: Scale) -> Case {
         let head = RandomHead::new(rig, launch.dtype, s)?;
         head.check(rig, launch)
     };
-    shared::case(&OP, "plain", dtype, scale, (bytes as u64, flops as u64), label, run)
+    shared::case(&OP, variant, dtype, scale, (bytes as u64, flops as u64), label, run)
 }
 
 /// A random head and the inputs of one token, on the device.
@@ -234,6 +299,13 @@ impl RandomHead {
 
     /// Runs the token into fresh outputs.
     pub fn run(&self, rig: &mut Rig, launch: &Launch) -> Result<Written> {
+        let (args, written) = self.args(rig, 0)?;
+        rig.run(&node(launch, "test.flow_chain", &args)?)?;
+        Ok(written)
+    }
+
+    /// The arguments of a launch into fresh outputs, after `made` exchanges.
+    pub fn args(&self, rig: &mut Rig, made: u64) -> Result<(Args, Written)> {
         let s = self.shape;
         let sequences = s.images * s.branches;
         let per_step = s.steps * s.images * s.token_dim;
@@ -271,6 +343,12 @@ impl RandomHead {
                 "barrier",
                 bytemuck::bytes_of(&GridBarrier { count: 1 << 31, ..Default::default() }),
             )?,
+            exchange: {
+                let mut bytes =
+                    vec![0; exchange_bytes((s.width, s.mlp_width, s.token_dim), s.images, s.branches)];
+                bytes[..8].copy_from_slice(&made.to_le_bytes());
+                rig.bytes("exchange", &bytes)?
+            },
             h: rig.output("h", DType::F32, sequences * s.width)?,
             a: rig.output("a", DType::F32, sequences * s.mlp_width)?,
             v_raw: rig.output("v_raw", DType::F32, sequences * s.token_dim)?,
@@ -296,8 +374,7 @@ impl RandomHead {
             use_norm: s.use_norm,
             rescale: s.rescale,
         };
-        rig.run(&node(launch, "test.flow_chain", &args)?)?;
-        Ok(written)
+        Ok((args, written))
     }
 }
 

@@ -1,0 +1,449 @@
+//! A whole model: the latency of one token by parts and position, the prompt, the VAE, and pictures from end to end.
+
+use super::bytes::{OpBytes, count, total};
+use super::ceilings::Ceilings;
+use super::samples::{Effort, Row, time};
+use crate::device::{Device, Executable, NodeList, Stream};
+use crate::engine::MAX_POSITIONS;
+use crate::error::{Error, Result};
+use crate::model::backbone::rope_frequencies;
+use crate::model::flow_head::DrawSource;
+use crate::model::nextstep::NextStep;
+use crate::model::plan::{Draws, RunSpec};
+use crate::model::run::Run;
+use crate::model::sources::Sources;
+use crate::ops::bench::{self, Random};
+use crate::ops::params::GenerationState;
+use crate::ops::{DType, Selection};
+use crate::request::SamplerConfig;
+use crate::sampler::{GuidanceSchedule, Sampler, sinusoids};
+use std::collections::BTreeSet;
+use std::sync::Arc;
+use std::time::Instant;
+
+/// What is generated, and what of it is timed.
+#[derive(Clone, Debug)]
+pub struct Options {
+    /// Network evaluations per token.
+    pub steps: u32,
+    /// Guidance branches, 1 to 3.
+    pub branches: usize,
+    /// Pictures in the batch.
+    pub images: usize,
+    /// Tokens of every prompt.
+    pub prompt: usize,
+    /// Filled cache slots at which the last token is timed, prompt included.
+    pub positions: Vec<usize>,
+    /// Width and height in pixels of the pictures that are decoded.
+    pub sizes: Vec<(usize, usize)>,
+    /// Whether pictures are made from end to end.
+    pub end_to_end: bool,
+    /// Variants chosen by name.
+    pub kernels: Selection,
+    /// How often a row is timed.
+    pub effort: Effort,
+    /// How often a picture is made.
+    pub pictures: usize,
+    /// Of weights and prompts.
+    pub seed: u64,
+}
+
+/// The settings of one generation with prompts of random ids.
+pub fn spec(model: &NextStep, options: &Options, grid: (usize, usize)) -> Result<RunSpec> {
+    let config = &model.config;
+    let (images, branches) = (options.images, options.branches);
+    if images == 0 || !(1..=3).contains(&branches) || options.prompt == 0 {
+        let reason = format!("{images} images, {branches} branches, prompts of {} tokens", options.prompt);
+        return Err(Error::request("bench", reason));
+    }
+    let sampler = SamplerConfig {
+        sampler: Sampler::Aug,
+        steps: options.steps,
+        guidance_scale: if branches > 1 { 7.5 } else { 1.0 },
+        image_guidance_scale: if branches > 2 { 1.5 } else { 1.0 },
+        guidance_schedule: GuidanceSchedule::Constant,
+        timesteps_shift: 1.0,
+        noise_level: None,
+        use_norm: false,
+        rescale: false,
+    };
+    let solver = sampler.solver()?;
+    let times = match model.dtype {
+        DType::F32 => solver.times.clone(),
+        DType::Bf16 => solver.times_bf16(),
+    };
+    let special = [config.boi, config.eoi, config.image_placeholder_id];
+    let ids: Vec<u32> = (0..config.vocab_size as u32).filter(|id| !special.contains(id)).collect();
+    if ids.is_empty() {
+        return Err(Error::request("bench", "the vocabulary has no words"));
+    }
+    let mut state = options.seed ^ 0x9e37_79b9_7f4a_7c15;
+    let mut next = || {
+        state = state.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1_442_695_040_888_963_407);
+        ids[(state >> 33) as usize % ids.len()]
+    };
+    let prompts: Vec<Vec<u32>> =
+        (0..images * branches).map(|_| (0..options.prompt).map(|_| next()).collect()).collect();
+    Ok(RunSpec {
+        rope_offset: vec![0; prompts.len()],
+        sources: Sources::default(),
+        prompts,
+        images,
+        branches,
+        grid,
+        steps: solver.steps.iter().map(Into::into).collect(),
+        sinusoid: sinusoids(&times),
+        guidance: sampler.guidance(grid.0 * grid.1),
+        draws_per_token: Sampler::Aug.draws_per_token(options.steps) as usize,
+        draws: Draws::Philox(DrawSource {
+            seed: options.seed,
+            base_offset: 0,
+            first_image: 0,
+            round_bf16: false,
+        }),
+        use_norm: false,
+        rescale: false,
+        frequencies: rope_frequencies(config.rope_theta, config.head_dim),
+        pos_embed: config.use_gen_pos_embed,
+        preview_every_rows: None,
+        taps: false,
+        poison: false,
+    })
+}
+
+/// Most tokens of a picture, as in any request.
+const MAX_TOKENS: usize = 16_384;
+
+/// The grid of tokens of a picture.
+pub fn grid(model: &NextStep, (width, height): (usize, usize)) -> Result<(usize, usize)> {
+    let unit = model.down_factor();
+    if width == 0 || height == 0 || !width.is_multiple_of(unit) || !height.is_multiple_of(unit) {
+        let reason = format!("{width}x{height}: both sides must be multiples of {unit}");
+        return Err(Error::request("size", reason));
+    }
+    let grid = (height / unit, width / unit);
+    match grid.0.checked_mul(grid.1) {
+        Some(tokens) if tokens <= MAX_TOKENS => Ok(grid),
+        _ => Err(Error::request("size", format!("{width}x{height}: more than {MAX_TOKENS} tokens"))),
+    }
+}
+
+/// Times everything that `options` ask for; `done` is shown every row as it is finished.
+pub fn run(
+    device: &Arc<dyn Device>,
+    model: &Arc<NextStep>,
+    options: &Options,
+    ceilings: &Ceilings,
+    done: &mut dyn FnMut(&Row),
+) -> Result<Vec<Row>> {
+    let mut rows = Rows { rows: Vec::new(), done };
+    let limit = if model.config.use_gen_pos_embed { model.backbone.pos_rows() } else { usize::MAX };
+    tokens(device, model, options, limit, &mut rows)?;
+    for &size in &options.sizes {
+        let (height, width) = grid(model, size)?;
+        if height * width > limit {
+            rows.push(Row {
+                test: format!("image {}x{}", size.0, size.1),
+                note: format!("the model has positions for {limit} tokens"),
+                ..Row::default()
+            });
+            continue;
+        }
+        pictures(device, model, options, size, &mut rows)?;
+    }
+    // Bytes and operations together bound a row from below; where operations do, the note says so.
+    for row in &mut rows.rows {
+        let math_ms = row.flops as f64 / ceilings.gemm.tflop_per_s() / 1e9;
+        if row.flops > 0 && math_ms > ceilings.floor_ms(row.bytes) {
+            row.note += &format!("{}floor by operations {math_ms:.3} ms", separator(&row.note));
+        }
+    }
+    Ok(rows.rows)
+}
+
+fn separator(note: &str) -> &'static str {
+    if note.is_empty() { "" } else { "; " }
+}
+
+struct Rows<'a> {
+    rows: Vec<Row>,
+    done: &'a mut dyn FnMut(&Row),
+}
+
+impl Rows<'_> {
+    fn push(&mut self, row: Row) {
+        (self.done)(&row);
+        self.rows.push(row);
+    }
+}
+
+/// Kernels that a list runs, each once: which variants were timed is never left to a guess.
+fn kernels_of(list: &NodeList) -> String {
+    let symbols: BTreeSet<&str> = list.nodes().iter().map(|node| node.kernel.symbol).collect();
+    symbols.into_iter().collect::<Vec<_>>().join(" ")
+}
+
+/// A list ready to be replayed, and what it moves.
+struct Part {
+    executable: Box<dyn Executable>,
+    kernels: String,
+    ops: Vec<OpBytes>,
+}
+
+fn part(run: &mut Run, list: NodeList, context: usize) -> Result<Part> {
+    let (kernels, ops) = (kernels_of(&list), count(run, &list, context));
+    Ok(Part { executable: run.stream().instantiate(Arc::new(list))?, kernels, ops })
+}
+
+/// Random values in the cache and the residual rows, so that a position can be timed without making all tokens
+/// before it.
+fn fill_state(device: &Arc<dyn Device>, run: &mut Run) -> Result<()> {
+    let sms = device.info().sm_count;
+    let (cache, x, dtype) = (*run.cache(), run.buffers().decode.x, run.dtype());
+    let random = |seed| Random { seed, mean: 0.0, deviation: 1.0 };
+    for (seed, span, dtype) in [(11, cache.keys, dtype), (12, cache.values, dtype), (13, x, DType::F32)] {
+        run.stream().launch(&bench::fill(sms, dtype, span, random(seed))?)?;
+    }
+    run.stream().synchronize()
+}
+
+/// Fails if the model's numbers ran away: times of NaN are times of nothing.
+fn check_finite(run: &mut Run) -> Result<()> {
+    match run.state()?.nonfinite {
+        0 => Ok(()),
+        token => Err(Error::NonFinite { stage: "bench", token: token as usize - 1 }),
+    }
+}
+
+fn tokens(
+    device: &Arc<dyn Device>,
+    model: &Arc<NextStep>,
+    options: &Options,
+    limit: usize,
+    rows: &mut Rows<'_>,
+) -> Result<()> {
+    let Some(&longest) = options.positions.iter().max() else { return Ok(()) };
+    if let Some(short) = options.positions.iter().find(|&&position| position <= options.prompt) {
+        let reason = format!("{short}: a token comes after its prompt of {} tokens", options.prompt);
+        return Err(Error::request("positions", reason));
+    }
+    if longest > MAX_POSITIONS {
+        return Err(Error::request("positions", format!("{longest}: at most {MAX_POSITIONS}")));
+    }
+    let tokens = longest - options.prompt;
+    let spec = spec(model, options, (1, tokens))?;
+    let mut run = Run::new(model.clone(), device, options.kernels.clone(), spec)?;
+    fill_state(device, &mut run)?;
+    prefill(&mut run, options, rows)?;
+    let shape = format!(
+        "{} images x {} branches, {} evaluations, prompt {}",
+        options.images, options.branches, options.steps, options.prompt
+    );
+    let mut last = Vec::new();
+    for &position in &options.positions {
+        let index = (position - options.prompt - 1).min(limit - 1);
+        let (row_pos, state) = (run.buffers().decode.row_pos, run.buffers().state);
+        let slots = vec![position as u32 - 1; row_pos.bytes / 4];
+        let generation = GenerationState { token: index as u32, ..GenerationState::default() };
+        let mut before = |stream: &mut dyn Stream| {
+            stream.upload(row_pos.ptr, bytemuck::cast_slice(&slots))?;
+            stream.upload(state.ptr, bytemuck::bytes_of(&generation))
+        };
+        let mut lists: [NodeList; 4] = std::array::from_fn(|_| NodeList::new());
+        run.record_step(&mut lists[0])?;
+        run.record_condition(&mut lists[1])?;
+        run.record_sample(&mut lists[2], false)?;
+        lists[3] = run.record_token(false)?;
+        let names = ["LLM decoder", "projector", "FM head", "total"];
+        let mut medians = [0.0; 4];
+        for ((list, name), median) in lists.into_iter().zip(names).zip(&mut medians) {
+            let nodes = list.len();
+            let part = part(&mut run, list, position)?;
+            let samples_ms = time(run.stream(), &options.effort, &mut before, &mut |stream| {
+                stream.replay(part.executable.as_ref())
+            })?;
+            check_finite(&mut run)?;
+            let row = Row {
+                test: format!("token @{position}: {name}"),
+                variant: part.kernels,
+                dtype: model.dtype.name().into(),
+                shape: shape.clone(),
+                bytes: total(&part.ops, OpBytes::floor),
+                samples_ms,
+                note: format!("{nodes} nodes"),
+                ..Row::default()
+            };
+            *median = row.median();
+            rows.push(row);
+        }
+        rows.push(Row {
+            test: format!("token @{position}: LM head"),
+            note: "not built; image tokens need none".into(),
+            ..Row::default()
+        });
+        last.push((position, medians));
+    }
+    for row in accumulated(&last, options.prompt) {
+        rows.push(row);
+    }
+    Ok(())
+}
+
+/// Seconds to make all tokens up to each position, by the trapezoid rule over the last-token latencies.
+fn accumulated(last: &[(usize, [f64; 4])], prompt: usize) -> Vec<Row> {
+    let mut sorted = last.to_vec();
+    sorted.sort_by_key(|(position, _)| *position);
+    let mut rows = Vec::new();
+    let (mut all, mut without) = (0.0, 0.0);
+    let mut previous: Option<(usize, [f64; 4])> = None;
+    for (position, medians) in sorted {
+        let total = |m: &[f64; 4]| m[3];
+        let decoder = |m: &[f64; 4]| m[0] + m[1];
+        let (from, before) = previous.unwrap_or((prompt, medians));
+        let tokens = (position - from) as f64;
+        all += tokens * (total(&before) + total(&medians)) / 2.0;
+        without += tokens * (decoder(&before) + decoder(&medians)) / 2.0;
+        for (name, ms) in [("with", all), ("without", without)] {
+            rows.push(Row {
+                test: format!("tokens {prompt}..{position}: accumulated {name} FM head"),
+                samples_ms: vec![ms],
+                note: "computed from the medians above (trapezoid)".into(),
+                ..Row::default()
+            });
+        }
+        previous = Some((position, medians));
+    }
+    rows
+}
+
+/// Operations of a prompt: two per weight and row, and the causal half of attention.
+fn prefill_flops(run: &Run, model: &NextStep) -> u64 {
+    let c = &model.config;
+    let layer = c.hidden_size * (c.q_size() + 2 * c.kv_size())
+        + c.q_size() * c.hidden_size
+        + 3 * c.hidden_size * c.intermediate_size;
+    let per_sequence = |prompt: &Vec<u32>| {
+        let m = prompt.len() as u64;
+        2 * layer as u64 * m + 2 * c.q_size() as u64 * m * m
+    };
+    run.spec().prompts.iter().map(per_sequence).sum::<u64>() * c.num_hidden_layers as u64
+}
+
+fn prefill(run: &mut Run, options: &Options, rows: &mut Rows<'_>) -> Result<()> {
+    let list = run.record_prefill(true)?;
+    let part = part(run, list, options.prompt)?;
+    let samples_ms = time(run.stream(), &options.effort, &mut |_| Ok(()), &mut |stream| {
+        stream.replay(part.executable.as_ref())
+    })?;
+    let model = run.model();
+    rows.push(Row {
+        test: format!("prefill {}x{}", run.spec().prompts.len(), options.prompt),
+        variant: part.kernels,
+        dtype: run.dtype().name().into(),
+        shape: format!("{} rows", run.spec().prompts.iter().map(Vec::len).sum::<usize>()),
+        bytes: total(&part.ops, OpBytes::floor),
+        flops: prefill_flops(run, &model),
+        samples_ms,
+        ..Row::default()
+    });
+    Ok(())
+}
+
+fn pictures(
+    device: &Arc<dyn Device>,
+    model: &Arc<NextStep>,
+    options: &Options,
+    size: (usize, usize),
+    rows: &mut Rows<'_>,
+) -> Result<()> {
+    let name = format!("{}x{}", size.0, size.1);
+    let spec = spec(model, options, grid(model, size)?)?;
+    let tokens = spec.tokens_total();
+    let setup = Instant::now();
+    let mut run = Run::new(model.clone(), device, options.kernels.clone(), spec)?;
+    let token_list = run.record_token(false)?;
+    let token_ops = count(&run, &token_list, options.prompt + tokens / 2);
+    let (prefill_list, last_list) = (run.record_prefill(true)?, run.record_token(true)?);
+    let prefill = part(&mut run, prefill_list, options.prompt)?;
+    let token = part(&mut run, token_list, options.prompt + tokens / 2)?;
+    let last = part(&mut run, last_list, options.prompt + tokens)?;
+    let (image_list, decoded) = run.record_image()?;
+    let image = part(&mut run, image_list, 0)?;
+    run.stream().synchronize()?;
+    let setup_ms = setup.elapsed().as_secs_f64() * 1e3;
+
+    let sms = device.info().sm_count;
+    let random = Random { seed: 21, mean: 0.0, deviation: 1.0 };
+    let latents = run.buffers().tokens;
+    let dtype = run.dtype();
+    run.stream().launch(&bench::fill(sms, dtype, latents, random)?)?;
+    let samples_ms = time(run.stream(), &options.effort, &mut |_| Ok(()), &mut |stream| {
+        stream.replay(image.executable.as_ref())
+    })?;
+    let image_bytes = total(&image.ops, |op| op.weights + op.activations);
+    rows.push(Row {
+        test: format!("VAE decode {name}"),
+        variant: image.kernels.clone(),
+        dtype: dtype.name().into(),
+        shape: format!("{} images", options.images),
+        bytes: image_bytes,
+        flops: total(&image.ops, |op| op.flops),
+        samples_ms,
+        note: "bytes: every op reads its input and writes its output once".into(),
+        ..Row::default()
+    });
+    if !options.end_to_end {
+        return Ok(());
+    }
+
+    let (row_pos, state) = (run.buffers().decode.row_pos, run.buffers().state);
+    let first = vec![options.prompt as u32; row_pos.bytes / 4];
+    let mut rgb = vec![0; decoded.rgb.bytes];
+    let mut samples_ms = Vec::new();
+    let mut enqueue_us = Vec::new();
+    for _ in 0..options.pictures.max(1) {
+        let start = Instant::now();
+        let stream = run.stream();
+        stream.upload(row_pos.ptr, bytemuck::cast_slice(&first))?;
+        stream.upload(state.ptr, bytemuck::bytes_of(&GenerationState::default()))?;
+        stream.replay(prefill.executable.as_ref())?;
+        let enqueuing = Instant::now();
+        for _ in 1..tokens {
+            stream.replay(token.executable.as_ref())?;
+        }
+        enqueue_us.push(enqueuing.elapsed().as_secs_f64() * 1e6 / (tokens.max(2) - 1) as f64);
+        stream.replay(last.executable.as_ref())?;
+        stream.replay(image.executable.as_ref())?;
+        stream.download(decoded.rgb.ptr, &mut rgb)?;
+        samples_ms.push(start.elapsed().as_secs_f64() * 1e3);
+        check_finite(&mut run)?;
+    }
+    let bytes = total(&prefill.ops, OpBytes::floor)
+        + (tokens as u64 - 1) * total(&token_ops, OpBytes::floor)
+        + total(&last.ops, OpBytes::floor)
+        + image_bytes;
+    enqueue_us.sort_by(f64::total_cmp);
+    let host = match device.info().kind {
+        // There every launch runs where it is enqueued.
+        "emulated" => String::new(),
+        _ => format!("; enqueuing a token took {:.1} us", enqueue_us[enqueue_us.len() / 2]),
+    };
+    rows.push(Row {
+        test: format!("image {name}"),
+        variant: kernels_list(&[&prefill, &token, &image]),
+        dtype: dtype.name().into(),
+        shape: format!("{tokens} tokens, prompt {}, {} evaluations", options.prompt, options.steps),
+        bytes,
+        samples_ms,
+        note: format!(
+            "wall clock from token ids to RGB on the host, without tokenizer, PNG and {setup_ms:.0} ms of set-up{host}"
+        ),
+        ..Row::default()
+    });
+    Ok(())
+}
+
+fn kernels_list(parts: &[&Part]) -> String {
+    let symbols: BTreeSet<&str> = parts.iter().flat_map(|part| part.kernels.split(' ')).collect();
+    symbols.into_iter().collect::<Vec<_>>().join(" ")
+}

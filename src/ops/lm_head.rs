@@ -1,0 +1,172 @@
+//! `lm_head`: final RMSNorm and the vocabulary's logits, for the last row of every sequence.
+
+use super::harness::{Case, Check, Rig, Scale, compare, encode};
+use super::params::LmHeadParams;
+use super::shared::{self, Checks};
+use super::{DType, Launch, Op, Variant};
+use crate::device::{Node, ParamBytes, Span};
+use crate::error::Result;
+use crate::kernels;
+use crate::reference::lm_head::{LmHead, lm_head};
+use crate::reference::{Exact, PlainBf16, PlainF32};
+
+/// The registry row.
+pub static OP: Op = Op {
+    name: "lm_head",
+    summary: "logits = w rms(x), in f32; rms(x) kept if asked for",
+    bound: "bytes of w (1.56 GB per text token at 14B in bf16)",
+    variants: &[Variant {
+        name: "plain",
+        kernels: kernels!("lm_head", f32: "lm_head_plain_f32", bf16: "lm_head_plain_bf16"),
+        summary: "warp per two logits, weights read once per 8 rows; any shape",
+    }],
+    cases,
+};
+
+/// Tensors and dimensions; shapes in `kernels/params.h` (`LmHeadParams`).
+#[derive(Clone, Copy, Debug)]
+pub struct Args {
+    /// `[rows, hidden_size]` f32.
+    pub x: Span,
+    /// `[hidden_size]`
+    pub norm_w: Span,
+    /// `[vocab_size, hidden_size]`
+    pub w: Span,
+    /// `[rows, hidden_size]`, written: the normalised rows.
+    pub norm_out: Option<Span>,
+    /// `[rows, vocab_size]` f32, written.
+    pub logits: Span,
+    /// Rows: one per sequence.
+    pub rows: usize,
+    /// `hidden_size`.
+    pub hidden: usize,
+    /// `vocab_size`.
+    pub vocab: usize,
+    /// `rms_norm_eps`.
+    pub eps: f32,
+}
+
+/// The node that computes `args`.
+pub fn node(launch: &Launch, label: &str, args: &Args) -> Result<Node> {
+    let a = args;
+    let variant = launch.selection.variant(&OP, "plain")?;
+    let checks = Checks::new(OP.name, variant.name);
+    let e = launch.dtype.bytes();
+    checks.product("rows * hidden", &[a.rows, a.hidden])?;
+    let x = checks.span("x", a.x, 4, &[a.rows, a.hidden])?;
+    let norm_w = checks.span("norm_w", a.norm_w, e, &[a.hidden])?;
+    let w = checks.span("w", a.w, e, &[a.vocab, a.hidden])?;
+    let norm_out = checks.optional("norm_out", a.norm_out, e, &[a.rows, a.hidden])?;
+    let logits = checks.span("logits", a.logits, 4, &[a.rows, a.vocab])?;
+    let params = LmHeadParams {
+        x: x.ptr.0,
+        norm_w: norm_w.ptr.0,
+        w: w.ptr.0,
+        norm_out: shared::address(norm_out),
+        logits: logits.ptr.0,
+        rows: checks.dim("rows", a.rows)?,
+        hidden: checks.dim("hidden", a.hidden)?,
+        vocab: checks.dim("vocab", a.vocab)?,
+        eps: a.eps,
+    };
+    let mut writes = vec![logits];
+    writes.extend(norm_out);
+    Ok(Node {
+        label: label.into(),
+        kernel: variant.kernel(OP.name, launch.dtype)?,
+        geometry: shared::product_geometry(launch, variant.name, a.rows, a.hidden, a.vocab.div_ceil(2)),
+        params: ParamBytes::of(&params),
+        reads: vec![x, norm_w, w],
+        writes,
+    })
+}
+
+/// One test shape. Row v of the weights is row `v % period` of a random table: at the shipped size the whole of it
+/// would not fit beside its reference. A prime period moves the repeats against every block's share.
+#[derive(Clone, Copy, Debug)]
+struct Shape {
+    rows: usize,
+    hidden: usize,
+    vocab: usize,
+    period: usize,
+    norm_out: bool,
+}
+
+fn cases() -> Vec<Case> {
+    let shape = |rows, hidden, vocab, norm_out| Shape { rows, hidden, vocab, period: vocab, norm_out };
+    let shapes = [
+        shape(1, 96, 130, true),
+        shape(2, 64, 528, false),
+        // Odd in every dimension: the last unit has one logit, no row is aligned.
+        shape(3, 75, 101, true),
+        shape(1, 80, 1, false),
+        shape(5, 66, 37, false),
+        shape(9, 96, 61, true),
+        shape(68, 64, 131, true),
+    ];
+    let mut cases = Vec::new();
+    for &dtype in DType::ALL {
+        for s in shapes {
+            let scale = shared::scale_for((2 * s.rows * s.hidden * s.vocab) as u64);
+            cases.push(make_case(s, dtype, scale));
+        }
+    }
+    let real = Shape { rows: 1, hidden: 5120, vocab: 152_064, period: 1009, norm_out: true };
+    cases.push(make_case(real, DType::Bf16, Scale::Real));
+    cases
+}
+
+fn make_case(s: Shape, dtype: DType, scale: Scale) -> Case {
+    let flops = (2 * s.rows * s.hidden * s.vocab) as u64;
+    let bytes = (s.hidden * s.vocab * dtype.bytes()) as u64;
+    let label =
+        format!("rows={},hidden={},vocab={},norm_out={}", s.rows, s.hidden, s.vocab, u8::from(s.norm_out));
+    shared::case(&OP, "plain", dtype, scale, (bytes, flops), label, move |rig, launch| run(rig, launch, s))
+}
+
+fn run(rig: &mut Rig, launch: &Launch, s: Shape) -> Result<Vec<Check>> {
+    let dtype = launch.dtype;
+    let x = rig.random("x", DType::F32, s.rows * s.hidden, 2.0)?;
+    let norm_w = rig.random("norm_w", dtype, s.hidden, 1.0)?;
+    let table = rig.normal(s.period * s.hidden, 1.0 / (s.hidden as f32).sqrt());
+    let (row_bytes, table) = encode(dtype, table);
+    let all: Vec<u8> = row_bytes.iter().copied().cycle().take(s.vocab * s.hidden * dtype.bytes()).collect();
+    let w = rig.bytes("w", &all)?;
+    drop(all);
+    let logits = rig.output("logits", DType::F32, s.rows * s.vocab)?;
+    let norm_out = s.norm_out.then(|| rig.output("norm_out", dtype, s.rows * s.hidden)).transpose()?;
+    let args = Args {
+        x: x.span,
+        norm_w: norm_w.span,
+        w,
+        norm_out,
+        logits,
+        rows: s.rows,
+        hidden: s.hidden,
+        vocab: s.vocab,
+        eps: 1e-6,
+    };
+    rig.run(&node(launch, "test.lm_head", &args)?)?;
+    let inputs = LmHead {
+        x: &x.values,
+        norm_weight: &norm_w.values,
+        weight: &table,
+        hidden_size: s.hidden,
+        eps: 1e-6,
+    };
+    let exact = lm_head::<Exact>(&inputs);
+    let plain = match dtype {
+        DType::F32 => lm_head::<PlainF32>(&inputs),
+        DType::Bf16 => lm_head::<PlainBf16>(&inputs),
+    };
+    let whole = |of_table: &[f64]| -> Vec<f64> {
+        let rows = of_table.chunks_exact(s.period);
+        rows.flat_map(|row| row.iter().copied().cycle().take(s.vocab)).collect()
+    };
+    let got = rig.read(logits, DType::F32)?;
+    let mut checks = vec![compare("logits", dtype, &got, &whole(&exact.1), &whole(&plain.1))];
+    if let Some(span) = norm_out {
+        checks.push(compare("norm_out", dtype, &rig.read(span, dtype)?, &exact.0, &plain.0));
+    }
+    Ok(checks)
+}

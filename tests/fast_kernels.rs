@@ -1,0 +1,319 @@
+//! What became of every kernel that was written for speed, as far as that shows without a GPU: resources from ptxas's
+//! report, blocks per SM computed from them, and instructions from the disassembled image. One row per kernel; a
+//! kernel of the registry that is not called `plain` and has no row fails, and the message has the row to start from.
+//!
+//! The disassembler comes with `tools/setup.sh`. Without it, or without an nvcc, the tests say so and pass, except
+//! under CI.
+
+use std::collections::BTreeMap;
+use std::env;
+use std::path::{Path, PathBuf};
+use std::process::Command;
+use warpstep::device::cubins::{self, KernelResources};
+use warpstep::ops::registry;
+
+/// How a kernel is meant to fetch what there is most of.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[allow(dead_code, reason = "rows come and go")]
+enum Loads {
+    /// 16 bytes per thread: `LDG.E.128`.
+    Wide,
+    /// 16 bytes per thread past the registers: `LDGSTS.E.128`.
+    Async,
+    /// Bulk copies by one thread: `UBLKCP`.
+    Bulk,
+}
+
+/// What a kernel was designed to be.
+struct Fast {
+    symbol: &'static str,
+    /// Threads per block as launched.
+    threads: u32,
+    /// Dynamic shared memory at the 14B's shapes, in bytes.
+    dynamic_shared: u32,
+    /// Blocks that an SM must be able to hold.
+    blocks_per_sm: u32,
+    loads: Loads,
+    /// Whether it multiplies on tensor cores; where it does not, it must not either.
+    tensor_cores: bool,
+}
+
+const fn fast(
+    symbol: &'static str,
+    threads: u32,
+    dynamic_shared: u32,
+    blocks_per_sm: u32,
+    loads: Loads,
+    tensor_cores: bool,
+) -> Fast {
+    Fast { symbol, threads, dynamic_shared, blocks_per_sm, loads, tensor_cores }
+}
+
+/// Symbol, threads, dynamic shared bytes, blocks per SM, loads, tensor cores.
+const TABLE: &[Fast] = &[
+    fast("qkv_tile_f32", 256, 0, 2, Loads::Wide, false),
+    fast("qkv_tile_bf16", 256, 0, 2, Loads::Wide, false),
+    fast("attention_splitkv_f32", 256, 0, 2, Loads::Wide, false),
+    fast("attention_splitkv_bf16", 256, 0, 2, Loads::Wide, false),
+    fast("o_proj_tile_f32", 256, 0, 2, Loads::Wide, false),
+    fast("o_proj_tile_bf16", 256, 0, 2, Loads::Wide, false),
+    fast("gate_up_tile_f32", 256, 0, 2, Loads::Wide, false),
+    fast("gate_up_tile_bf16", 256, 0, 2, Loads::Wide, false),
+    fast("down_tile_f32", 256, 0, 2, Loads::Wide, false),
+    fast("down_tile_bf16", 256, 0, 2, Loads::Wide, false),
+    fast("linear_tile_f32", 256, 0, 2, Loads::Wide, false),
+    fast("linear_tile_bf16", 256, 0, 2, Loads::Wide, false),
+    fast("qkv_stream_bf16", 256, 20608, 2, Loads::Wide, true),
+    fast("qkv_ring_bf16", 256, 102528, 2, Loads::Bulk, true),
+    fast("qkv_mma_bf16", 256, 98304, 1, Loads::Async, true),
+    fast("o_proj_stream_bf16", 256, 20608, 2, Loads::Wide, true),
+    fast("o_proj_ring_bf16", 256, 102528, 2, Loads::Bulk, true),
+    fast("o_proj_mma_bf16", 256, 98304, 1, Loads::Async, true),
+    fast("gate_up_stream_bf16", 256, 20608, 2, Loads::Wide, true),
+    fast("gate_up_ring_bf16", 256, 102528, 2, Loads::Bulk, true),
+    fast("gate_up_mma_bf16", 256, 98304, 1, Loads::Async, true),
+    fast("down_stream_bf16", 256, 55424, 2, Loads::Wide, true),
+    fast("down_ring_bf16", 256, 186496, 1, Loads::Bulk, true),
+    fast("down_mma_bf16", 256, 98304, 1, Loads::Async, true),
+    fast("out_proj_stream_bf16", 256, 20608, 2, Loads::Wide, true),
+    fast("out_proj_ring_bf16", 256, 102528, 2, Loads::Bulk, true),
+    fast("out_proj_mma_bf16", 256, 98304, 1, Loads::Async, true),
+    fast("linear_stream_bf16", 256, 20608, 2, Loads::Wide, true),
+    fast("linear_ring_bf16", 256, 102528, 2, Loads::Bulk, true),
+    fast("linear_mma_bf16", 256, 98304, 1, Loads::Async, true),
+    fast("flow_modulation_mma_bf16", 256, 175_616, 1, Loads::Wide, true),
+    fast("conv2d_mma_bf16", 256, 63_616, 2, Loads::Async, true),
+];
+
+/// Of one SM of a Hopper GPU (compute capability 9.0).
+const REGISTERS: u32 = 65_536;
+const WARPS: u32 = 64;
+const BLOCKS: u32 = 32;
+const SHARED_BYTES: u32 = 228 * 1024;
+/// Most that one block may have, and what the system takes of every block.
+const BLOCK_SHARED_BYTES: u32 = 227 * 1024;
+const RESERVED_SHARED_BYTES: u32 = 1024;
+
+/// Blocks that fit an SM; 0 if not even one does. Registers come in units of 256 per warp, a quarter of the file to
+/// each of four schedulers, among which a block's warps are dealt.
+fn blocks_per_sm(registers: u32, threads: u32, shared: u32) -> u32 {
+    if shared > BLOCK_SHARED_BYTES || threads > 1024 || threads == 0 {
+        return 0;
+    }
+    let warps = threads.div_ceil(32);
+    let per_warp = (registers.max(1) * 32).next_multiple_of(256);
+    let by_registers = REGISTERS / 4 / per_warp * 4 / warps;
+    let by_shared = SHARED_BYTES / (shared + RESERVED_SHARED_BYTES);
+    by_registers.min(WARPS / warps).min(by_shared).min(BLOCKS)
+}
+
+fn skipped(reason: &str) -> bool {
+    assert!(env::var_os("CI").is_none(), "{reason} under CI: did tools/setup.sh run?");
+    println!("skipped: {reason} (tools/setup.sh installs one)");
+    true
+}
+
+fn resources(symbol: &str) -> Option<&'static KernelResources> {
+    cubins::resources().iter().find(|kernel| kernel.symbol == symbol)
+}
+
+/// Symbols of the registry's variants that are not plain.
+fn fast_symbols() -> Vec<&'static str> {
+    let variants = registry().iter().flat_map(|op| op.variants).filter(|variant| variant.name != "plain");
+    variants.flat_map(|variant| variant.kernels).map(|(_, kernel)| kernel.symbol).collect()
+}
+
+/// What is wrong with the resources of one row.
+fn complaint(row: &Fast, found: &KernelResources) -> Option<String> {
+    let shared = found.shared_bytes.saturating_add(row.dynamic_shared);
+    let blocks = blocks_per_sm(found.registers, row.threads, shared);
+    let local = [found.stack_bytes, found.spill_store_bytes, found.spill_load_bytes];
+    let what = if local != [0; 3] {
+        format!("stack, spill stores and loads are {local:?} bytes")
+    } else if blocks < row.blocks_per_sm {
+        format!(
+            "{} registers x {} threads and {shared} bytes of shared memory: {blocks} blocks per SM, designed for {}",
+            found.registers, row.threads, row.blocks_per_sm
+        )
+    } else {
+        return None;
+    };
+    Some(format!("{}: {what}", row.symbol))
+}
+
+#[test]
+fn every_fast_kernel_has_a_row_and_every_row_a_kernel() {
+    let known = |symbol: &str| TABLE.iter().filter(|row| row.symbol == symbol).count();
+    let mut wrong = Vec::new();
+    for symbol in fast_symbols() {
+        if known(symbol) != 1 {
+            let registers = resources(symbol).map_or(0, |kernel| kernel.registers);
+            wrong.push(format!(
+                "{symbol} has {} rows in TABLE; one such as: fast({symbol:?}, THREADS, DYNAMIC_SHARED, BLOCKS, \
+                 Loads::Wide, false), // {registers} registers",
+                known(symbol)
+            ));
+        }
+    }
+    let symbols = fast_symbols();
+    wrong.extend(
+        TABLE
+            .iter()
+            .filter(|row| !symbols.contains(&row.symbol))
+            .map(|row| format!("{} is in TABLE and no fast kernel of the registry", row.symbol)),
+    );
+    assert!(wrong.is_empty(), "{}", wrong.join("\n"));
+}
+
+#[test]
+fn every_fast_kernel_fits_an_sm_as_designed() {
+    if cubins::CUBINS.is_empty() && skipped("no cubins") {
+        return;
+    }
+    let wrong: Vec<String> = TABLE
+        .iter()
+        .filter_map(|row| match resources(row.symbol) {
+            Some(found) => complaint(row, found),
+            None => Some(format!("{}: not in the report of ptxas", row.symbol)),
+        })
+        .collect();
+    assert!(wrong.is_empty(), "{}", wrong.join("\n"));
+}
+
+/// Folder of cuobjdump and nvdisasm.
+fn disassembler() -> Option<PathBuf> {
+    let local = Path::new(env!("CARGO_MANIFEST_DIR")).join(".cuda-tools/nvidia/cu13/bin");
+    let toolkits = ["CUDA_HOME", "CUDA_PATH"].into_iter().filter_map(env::var_os);
+    let toolkits = toolkits.map(|path| PathBuf::from(path).join("bin"));
+    let search = env::var_os("PATH").unwrap_or_default();
+    let folders: Vec<PathBuf> =
+        std::iter::once(local).chain(toolkits).chain(env::split_paths(&search)).collect();
+    folders.into_iter().find(|folder| folder.join("cuobjdump").is_file() && folder.join("nvdisasm").is_file())
+}
+
+/// How often each instruction occurs in each kernel of an image's disassembly.
+fn instructions(text: &str) -> BTreeMap<String, BTreeMap<String, usize>> {
+    let mut kernels: BTreeMap<String, BTreeMap<String, usize>> = BTreeMap::new();
+    let mut current = None;
+    for line in text.lines().map(str::trim) {
+        if let Some((_, symbol)) = line.split_once("Function : ") {
+            current = Some(symbol.trim().to_owned());
+        } else if let (Some(symbol), Some(rest)) = (&current, line.strip_prefix("/*"))
+            && let Some((_, code)) = rest.split_once("*/")
+        {
+            let code = code.split(';').next().unwrap_or_default();
+            let mnemonic = code.split_whitespace().find(|word| !word.starts_with('@'));
+            // The second line of an instruction holds its encoding only.
+            if let Some(mnemonic) = mnemonic.filter(|word| word.starts_with(|c: char| c.is_ascii_uppercase()))
+            {
+                *kernels.entry(symbol.clone()).or_default().entry(mnemonic.into()).or_default() += 1;
+            }
+        }
+    }
+    kernels
+}
+
+/// What is wrong with the instructions of one row.
+fn wrong_instructions(row: &Fast, found: &BTreeMap<String, usize>) -> Vec<String> {
+    let count = |wanted: &dyn Fn(&str) -> bool| -> usize {
+        found.iter().filter(|(name, _)| wanted(name)).map(|(_, count)| count).sum()
+    };
+    let is = |name: &str, op: &str| name == op || name.starts_with(&format!("{op}."));
+    let mut wrong = Vec::new();
+    let local = count(&|name| is(name, "LDL") || is(name, "STL"));
+    if local > 0 {
+        wrong.push(format!("{}: {local} accesses to local memory", row.symbol));
+    }
+    let fetches = match row.loads {
+        Loads::Wide => count(&|name| is(name, "LDG") && name.contains(".128")),
+        Loads::Async => count(&|name| is(name, "LDGSTS") && name.contains(".128")),
+        Loads::Bulk => count(&|name| is(name, "UBLKCP")),
+    };
+    if fetches == 0 {
+        wrong.push(format!("{}: no {:?} loads among {:?}", row.symbol, row.loads, found.keys()));
+    }
+    let products = count(&|name| is(name, "HMMA") || is(name, "HGMMA"));
+    if (products > 0) != row.tensor_cores {
+        wrong.push(format!("{}: {products} tensor-core instructions", row.symbol));
+    }
+    wrong
+}
+
+#[test]
+fn every_fast_kernel_is_made_of_the_instructions_that_were_meant() {
+    if cubins::CUBINS.is_empty() && skipped("no cubins") {
+        return;
+    }
+    let Some(tools) = disassembler() else {
+        skipped("no cuobjdump");
+        return;
+    };
+    let folder = tempfile::tempdir().unwrap();
+    let mut modules: BTreeMap<&str, BTreeMap<String, BTreeMap<String, usize>>> = BTreeMap::new();
+    let mut wrong = Vec::new();
+    for row in TABLE {
+        let Some(found) = resources(row.symbol) else {
+            wrong.push(format!("{}: not in the report of ptxas", row.symbol));
+            continue;
+        };
+        let module = modules.entry(&found.module).or_insert_with(|| {
+            let file = folder.path().join(&found.module).with_extension("cubin");
+            std::fs::write(&file, cubins::cubin(&found.module).unwrap()).unwrap();
+            let mut path = vec![tools.clone()];
+            path.extend(env::split_paths(&env::var_os("PATH").unwrap_or_default()));
+            let output = Command::new(tools.join("cuobjdump"))
+                .arg("-sass")
+                .arg(&file)
+                .env("PATH", env::join_paths(path).unwrap())
+                .output()
+                .unwrap();
+            assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
+            instructions(&String::from_utf8_lossy(&output.stdout))
+        });
+        match module.get(row.symbol) {
+            Some(found) => wrong.extend(wrong_instructions(row, found)),
+            None => wrong.push(format!("{}: not in the image", row.symbol)),
+        }
+    }
+    assert!(wrong.is_empty(), "{}", wrong.join("\n"));
+}
+
+#[test]
+fn blocks_per_sm_are_those_of_the_occupancy_rules() {
+    // Registers: 65 536 / (128 x 256) = 2; 255 count as 256, of which one block of 256 threads has a whole file.
+    assert_eq!(blocks_per_sm(128, 256, 0), 2);
+    assert_eq!(blocks_per_sm(255, 256, 0), 1);
+    assert_eq!(blocks_per_sm(129, 256, 0), 1);
+    assert_eq!(blocks_per_sm(32, 256, 0), 8);
+    // Shared memory: 1 KiB of every block is the system's.
+    assert_eq!(blocks_per_sm(32, 256, 113 * 1024), 2);
+    assert_eq!(blocks_per_sm(32, 256, 114 * 1024), 1);
+    assert_eq!(blocks_per_sm(32, 256, 228 * 1024), 0);
+    // Warps, then blocks.
+    assert_eq!(blocks_per_sm(16, 1024, 0), 2);
+    assert_eq!(blocks_per_sm(16, 32, 0), 32);
+}
+
+#[test]
+fn a_kernel_that_is_not_as_designed_is_found() {
+    let row = fast("k", 256, 0, 2, Loads::Wide, false);
+    let good = KernelResources { registers: 128, ..KernelResources::default() };
+    assert_eq!(complaint(&row, &good), None);
+    assert!(complaint(&row, &KernelResources { registers: 129, ..good.clone() }).is_some());
+    assert!(complaint(&row, &KernelResources { spill_load_bytes: 4, ..good.clone() }).is_some());
+
+    let text = "\t\tFunction : k\n\
+                /*0000*/ @P0 LDG.E.NA.128.CONSTANT R4, [R2] ;  /* 0x1 */\n\
+                /* 0x000fe20000000800 */\n\
+                /*0010*/ HMMA.16816.F32.BF16 R4, R4, R6, R8 ; /* 0x2 */\n\
+                Function : other\n\
+                /*0000*/ LDG.E R4, [R2] ;\n\
+                /*0010*/ STL.64 [R1], R4 ;\n";
+    let kernels = instructions(text);
+    assert_eq!(kernels["k"].len(), 2, "{kernels:?}");
+    let meant = fast("k", 256, 0, 2, Loads::Wide, true);
+    assert!(wrong_instructions(&meant, &kernels["k"]).is_empty());
+    assert_eq!(wrong_instructions(&row, &kernels["k"]).len(), 1, "tensor cores that nobody meant");
+    let other = wrong_instructions(&fast("other", 256, 0, 2, Loads::Bulk, true), &kernels["other"]);
+    assert_eq!(other.len(), 3, "local memory, no bulk loads, no tensor cores: {other:?}");
+}
