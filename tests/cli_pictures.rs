@@ -168,6 +168,8 @@ fn stored_tokens_decode_to_the_same_files() {
         "--preview=p.png",
         "--save-tokens=t",
         "--plan",
+        "--think",
+        "--refine",
         "--prompts=p.txt",
         "a prompt",
     ] {

@@ -6,7 +6,6 @@ use std::sync::Arc;
 use warpstep::Error;
 use warpstep::device::Device;
 use warpstep::device::emulated::{EmulatedDevice, EmulatedOptions};
-use warpstep::ops::Selection;
 use warpstep::verify::{CaseFile, Models, Outcome, VerifyOptions, run_case};
 
 fn cases() -> PathBuf {
@@ -18,7 +17,7 @@ fn device() -> Arc<dyn Device> {
 }
 
 fn options() -> VerifyOptions {
-    VerifyOptions { model_root: None, precision: None, selection: Selection::default() }
+    VerifyOptions::default()
 }
 
 /// Cases whose model is too large to keep here: other tests use their tensors, and the whole of them runs where all
@@ -34,8 +33,8 @@ fn kept(of_demo: bool) -> Vec<PathBuf> {
 }
 
 /// How many files of the demo model `tools/demo/record.py` writes, by kind: one teacher-forced case per sampler and an
-/// edit; twelve pictures and two large ones.
-const DEMO_CASES: [(&str, usize); 2] = [("pipeline", 6), ("picture", 14)];
+/// edit; twelve pictures, a large one, a high and a wide one.
+const DEMO_CASES: [(&str, usize); 2] = [("pipeline", 6), ("picture", 15)];
 
 #[test]
 fn the_demo_model_draws_what_pytorch_drew() {

@@ -49,7 +49,7 @@ impl NextStep {
         text: bool,
     ) -> Result<NextStep> {
         let up = Uploader::new(device.clone(), stream, dtype, kernels);
-        let model = NextStep::upload(up, (config, weights), (vae_config, vae_weights), dtype, kernels)?;
+        let model = NextStep::upload(up, (config, weights), (vae_config, vae_weights), dtype, kernels, text)?;
         stream.synchronize()?;
         Ok(model)
     }
@@ -67,7 +67,8 @@ impl NextStep {
         let weights = ModelWeights::of_shapes(config)?;
         let vae_weights = VaeWeights::of_shapes(vae_config)?;
         let up = Uploader::random(device.clone(), stream, dtype, kernels, seed);
-        let model = NextStep::upload(up, (config, &weights), (vae_config, &vae_weights), dtype, kernels)?;
+        let (weights, vae_weights) = ((config, &weights), (vae_config, &vae_weights));
+        let model = NextStep::upload(up, weights, vae_weights, dtype, kernels, false)?;
         stream.synchronize()?;
         Ok(model)
     }
@@ -78,6 +79,7 @@ impl NextStep {
         (vae_config, vae_weights): (&VaeConfig, &VaeWeights),
         dtype: DType,
         kernels: &Selection,
+        text: bool,
     ) -> Result<NextStep> {
         let backbone = Backbone::load(config, weights, &mut up)?;
         let flow = FlowHead::load(config, weights, &mut up)?;

@@ -114,7 +114,7 @@ impl Complete {
             return Err(Error::request("seed", reason).into());
         }
         let mut request = TextRequest::new(&self.prompt);
-        request.images = self.images.iter().map(|path| read_picture(path)).collect::<Result<_>>()?;
+        request.images = self.images.iter().map(|path| read_picture(path, None)).collect::<Result<_>>()?;
         request.max_tokens = self.max_tokens;
         request.sampling = sampling;
         request.seed = self.seed.unwrap_or(request.seed);

@@ -43,7 +43,8 @@ pub struct Generate {
     /// Decode the image tokens of a file that --save-tokens wrote: the same pictures again, without the transformer.
     #[arg(long, value_name = "FILE", conflicts_with_all = [
         "prompt", "prompts", "size", "negative", "positive", "cfg", "cfg_schedule", "steps", "sampler", "shift",
-        "noise_level", "use_norm", "rescale", "seed", "n", "first_image", "preset", "preview", "save_tokens", "plan",
+        "noise_level", "use_norm", "rescale", "seed", "n", "first_image", "preset", "preview", "save_tokens",
+        "plan", "think", "refine",
     ])]
     from_tokens: Option<PathBuf>,
 
@@ -205,8 +206,6 @@ struct Job {
     request: GenerateRequest,
     /// Number of the prompt in its file.
     number: Option<usize>,
-    /// What the model wrote to the prompt before drawing.
-    thought: Option<Thought>,
 }
 
 impl Options {
@@ -234,7 +233,7 @@ impl Options {
             let number = self.prompts.is_some().then_some(index);
             let request = self.request(&engine, &prompt.text, edit.as_ref(), seed);
             let request = prompt.about(request)?;
-            let mut job = Job { prompt, request, number, thought: None };
+            let mut job = Job { prompt, request, number };
             job.request.images = edit.as_ref().map(|edit| edit.images.clone()).unwrap_or_default();
             let plan = job.prompt.about(engine.plan(&job.request).map_err(Into::into))?;
             job.request.images.clear();
@@ -253,9 +252,8 @@ impl Options {
                 progress.suspend(|| eprintln!("prompt {} of {count}: {}", number + 1, job.prompt.text));
             }
             job.request.images = edit.as_ref().map(|edit| edit.images.clone()).unwrap_or_default();
-            let thought = progress.suspend(|| self.think.apply(&engine, &mut job.request));
-            job.thought = job.prompt.about(thought)?;
-            let made = self.make(&engine, &mut session, &job, &progress);
+            let thought = job.prompt.about(self.think.apply(&engine, &mut job.request))?;
+            let made = self.make(&engine, &mut session, &job, thought.as_ref(), &progress);
             job.prompt.about(made)?;
         }
         progress.finish_and_clear();
@@ -289,7 +287,14 @@ impl Options {
     }
 
     /// Makes and writes the pictures of one prompt.
-    fn make(&self, engine: &Engine, session: &mut Session, job: &Job, progress: &ProgressBar) -> Result<()> {
+    fn make(
+        &self,
+        engine: &Engine,
+        session: &mut Session,
+        job: &Job,
+        thought: Option<&Thought>,
+        progress: &ProgressBar,
+    ) -> Result<()> {
         let request = &job.request;
         let plan = engine.plan(request)?;
         progress.suspend(|| eprintln!("{}: {}\n{}", engine.name(), request.describe(), sizes(&plan)));
@@ -320,7 +325,7 @@ impl Options {
         self.write_previews(&result.images, (rows, rows))?;
         let notes: Vec<Metadata> = match self.no_metadata {
             true => Vec::new(),
-            false => (0..request.n).map(|index| self.metadata(engine, request, job.thought.as_ref(), index)).collect(),
+            false => (0..request.n).map(|index| self.metadata(engine, request, thought, index)).collect(),
         };
         let place = |path: &Path| job.number.map_or_else(|| path.to_path_buf(), |n| with_number(path, n));
         let mut files = write_pictures(&place(&self.output), &result.images, &notes)?;
@@ -346,7 +351,7 @@ impl Options {
         if self.json {
             let value = serde_json::json!({
                 "files": files, "request": request, "plan": result.plan, "timings": t,
-                "device": engine.device_info().name, "thought": job.thought,
+                "device": engine.device_info().name, "thought": thought,
             });
             println!("{value}");
         }
