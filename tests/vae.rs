@@ -53,10 +53,10 @@ impl Rigged {
     fn new(config: VaeConfig, weights: &VaeWeights, dtype: DType, options: EmulatedOptions) -> Rigged {
         let device: Arc<dyn Device> = Arc::new(EmulatedDevice::new(options).unwrap());
         let mut stream = device.stream().unwrap();
-        let mut up = Uploader::new(device.clone(), stream.as_mut(), dtype);
+        let selection = Selection::default();
+        let mut up = Uploader::new(device.clone(), stream.as_mut(), dtype, &selection);
         let decoder = VaeDecoder::load(&config, weights, 2, &mut up).unwrap();
         let (buffers, _) = up.finish();
-        let selection = Selection::default();
         Rigged { device, stream, decoder, config, dtype, selection, _weights: buffers }
     }
 
@@ -435,14 +435,14 @@ fn check_encoder(
     let options = EmulatedOptions { sm_count: 132, ..Default::default() };
     let device: Arc<dyn Device> = Arc::new(EmulatedDevice::new(options).unwrap());
     let mut stream = device.stream().unwrap();
-    let mut up = Uploader::new(device.clone(), stream.as_mut(), dtype);
+    let selection = Selection::default();
+    let mut up = Uploader::new(device.clone(), stream.as_mut(), dtype, &selection);
     let encoder = VaeEncoder::load(&config, weights, &mut up).unwrap().expect("an encoder");
     let _weights = up.finish();
     let pixels = Rig::new(device.clone(), 9).unwrap().normal(height * width * 3, 0.4);
     let (bytes, pixels) = encode(dtype, pixels);
     let arena = device.alloc(encoder.plan((height, width), dtype).unwrap(), "encoder").unwrap();
     stream.fill(arena.span(), 0xff).unwrap();
-    let selection = Selection::default();
     let launch = Launch { selection: &selection, dtype, sm_count: 132, dependent: true };
     let mut list = NodeList::new();
     let encoded = encoder.record(&launch, &mut list, (height, width), arena.span(), false).unwrap();
