@@ -130,7 +130,11 @@ DEV void begin(Ring& r, const unsigned char* w, Steps mine, unsigned char* free,
   warp_sync();
   for (uint32_t i = 0; i < stages; i++) request_chunk(r);
 }
-DEV void await_chunk(Ring& r) { mbar_wait(r.full + r.get, r.phase); }
+DEV void await_chunk(Ring& r) {
+  mbar_wait(r.full + r.get, r.phase);
+  /* Lanes may leave the spin apart, and the multiplications need them together. */
+  warp_sync();
+}
 DEV void take_step(Ring& r, int u, v4u& low, v4u& high) {
   const unsigned char* from = r.slots + r.get * kRingSlotBytes + u * kStepBytes + lane_id() * 16;
   low = ld_v4(from);
