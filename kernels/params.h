@@ -284,8 +284,7 @@ typedef struct {
   uint64_t bias;     /* [C_out] E */
   uint64_t residual; /* [B, height, width, C_out] E, optional; may be y */
   uint64_t y;        /* [B, height, width, C_out] E, written */
-  uint64_t partial;  /* [B, tiles of 8x16 pixels, C_out, 2] float, optional, written by mma: mean and sum of squared
-                        deviations of a channel of y over a tile */
+  uint64_t partial;  /* [B, tiles of 8x16, C_out, 2] float, optional, written by mma: mean, squared deviations */
   uint32_t images, height, width, c_in, c_out, groups; /* height, width of y */
   uint32_t ksize;    /* 1 or 3 */
   uint32_t upsample; /* 0 or 1: x is enlarged by two, nearest, before the convolution */

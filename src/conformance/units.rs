@@ -154,7 +154,7 @@ pub static UNITS: &[Unit] = &[
     },
     Unit {
         name: "bulk_copies",
-        primitives: &["bulk_g2s", "mbar_arrive_tx"],
+        primitives: &["bulk_g2s", "bulk_g2s_hint", "l2_evict_first", "l2_evict_last", "mbar_arrive_tx"],
         steps: &[Step { symbol: "conformance_bulk_copies", geometry: || Geometry::linear(1, 64) }],
         input: || noise(512, 11),
         expected: |input| bits(input.iter().copied()),

@@ -547,8 +547,7 @@ pub struct Conv2dParams {
     pub residual: u64,
     /// [B, height, width, C_out] E, written
     pub y: u64,
-    /// [B, tiles of 8x16 pixels, C_out, 2] float, optional, written by mma: mean and sum of squared
-    /// deviations of a channel of y over a tile
+    /// [B, tiles of 8x16, C_out, 2] float, optional, written by mma: mean, squared deviations
     pub partial: u64,
     pub images: u32,
     pub height: u32,
