@@ -1,7 +1,7 @@
 //! A whole model: the latency of one token by parts and position, the prompt, the VAE, and pictures from end to end.
 
 use super::bytes::{OpBytes, count, total};
-use super::ceilings::Ceilings;
+use super::ceilings::{Ceilings, random_buffer};
 use super::samples::{Effort, Row, time};
 use crate::device::{Device, Executable, NodeList, Stream};
 use crate::engine::MAX_POSITIONS;
@@ -14,7 +14,7 @@ use crate::model::run::Run;
 use crate::model::sources::Sources;
 use crate::ops::bench::{self, Random};
 use crate::ops::params::GenerationState;
-use crate::ops::{DType, Selection};
+use crate::ops::{self, DType, Launch, Selection};
 use crate::request::SamplerConfig;
 use crate::sampler::{GuidanceSchedule, Sampler, sinusoids};
 use std::collections::BTreeSet;
@@ -239,6 +239,7 @@ fn tokens(
         "{} images x {} branches, {} evaluations, prompt {}",
         options.images, options.branches, options.steps, options.prompt
     );
+    let lm_head = lm_head(device, model, options)?;
     let mut last = Vec::new();
     for &position in &options.positions {
         let index = (position - options.prompt - 1).min(limit - 1);
@@ -276,17 +277,51 @@ fn tokens(
             *median = row.median();
             rows.push(row);
         }
-        rows.push(Row {
-            test: format!("token @{position}: LM head"),
-            note: "not built; image tokens need none".into(),
-            ..Row::default()
-        });
+        rows.push(Row { test: format!("token @{position}: LM head"), ..lm_head.clone() });
         last.push((position, medians));
     }
     for row in accumulated(&last, options.prompt) {
         rows.push(row);
     }
     Ok(())
+}
+
+/// The LM head over one row per sequence, on weights of its own: image models are loaded without them.
+fn lm_head(device: &Arc<dyn Device>, model: &NextStep, options: &Options) -> Result<Row> {
+    let (config, dtype, sm_count) = (&model.config, model.dtype, device.info().sm_count);
+    let (rows, hidden, vocab) = (options.images * options.branches, config.hidden_size, config.vocab_size);
+    let mut stream = device.stream()?;
+    let mut random = |label: &str, dtype: DType, elements: usize, deviation: f32| {
+        let values = Random { seed: elements as u64, mean: 0.0, deviation };
+        random_buffer(device, stream.as_mut(), label, dtype, elements * dtype.bytes(), values)
+    };
+    let x = random("bench.lm_head.x", DType::F32, rows * hidden, 1.0)?;
+    let norm_w = random("bench.lm_head.norm", dtype, hidden, 1.0)?;
+    let w = random("bench.lm_head.w", dtype, vocab * hidden, 1.0 / (hidden as f32).sqrt())?;
+    let logits = device.alloc(rows * vocab * 4, "bench.lm_head.logits")?;
+    let args = ops::lm_head::Args {
+        x: x.span(),
+        norm_w: norm_w.span(),
+        w: w.span(),
+        norm_out: None,
+        logits: logits.span(),
+        rows,
+        hidden,
+        vocab,
+        eps: config.rms_norm_eps,
+    };
+    let launch = Launch { selection: &options.kernels, dtype, sm_count, dependent: true };
+    let node = ops::lm_head::node(&launch, "bench.lm_head", &args)?;
+    let samples_ms =
+        time(stream.as_mut(), &options.effort, &mut |_| Ok(()), &mut |stream| stream.launch(&node))?;
+    Ok(Row {
+        variant: node.kernel.symbol.into(),
+        dtype: dtype.name().into(),
+        bytes: w.bytes() as u64,
+        samples_ms,
+        note: "for text, at any position; image tokens need none, and no sum here counts it".into(),
+        ..Row::default()
+    })
 }
 
 /// Seconds to make all tokens up to each position, by the trapezoid rule over the last-token latencies.
