@@ -96,7 +96,7 @@ fn variant(launch: &Launch, shape: &Shape) -> Result<&'static Variant> {
 
 /// Why `mma` does not do a shape.
 fn unfit(shape: &Shape) -> Option<String> {
-    if shape.c_in % CHUNK != 0 {
+    if !shape.c_in.is_multiple_of(CHUNK) {
         return Some(format!("c_in is {}, must be a multiple of {CHUNK}", shape.c_in));
     }
     if shape.ksize == 1 && shape.resample != Resample::Same {

@@ -40,7 +40,7 @@ const WARP_CHANNELS: usize = 64;
 const MMA_KEYS: usize = 64;
 
 fn fits_mma(dtype: DType, channels: usize) -> bool {
-    dtype == DType::Bf16 && channels % WARP_CHANNELS == 0
+    dtype == DType::Bf16 && channels.is_multiple_of(WARP_CHANNELS)
 }
 
 /// One attention.

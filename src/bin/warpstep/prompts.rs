@@ -10,6 +10,7 @@ use warpstep::Error;
 const MAX_BYTES: u64 = 16 << 20;
 
 /// A prompt, and where it stands.
+#[derive(Debug)]
 pub struct Prompt {
     /// The text, without the blanks around it.
     pub text: String,

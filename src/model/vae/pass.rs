@@ -44,14 +44,14 @@ impl Tensors {
         }
         // The probe of norm_out is a convolution by one.
         let one = |i: usize| f32::from(u8::from(i.is_multiple_of(channels + 1)));
-        let zero = |_: usize| 0.0;
-        let probe: [(&str, usize, &dyn Fn(usize) -> f32); 2] =
-            [("weight", channels * channels, &one), ("bias", channels, &zero)];
-        for (what, count, value) in probe {
+        let mut probe = |what: &str, count: usize, value: &dyn Fn(usize) -> f32| -> Result<()> {
             let name = format!("{PROBE}.{what}");
             let span = up.values(&format!("vae.{name}"), count, || Ok((0..count).map(value).collect()))?;
             tensors.insert(name, span);
-        }
+            Ok(())
+        };
+        probe("weight", channels * channels, &one)?;
+        probe("bias", channels, &|_| 0.0)?;
         Ok(Tensors(tensors))
     }
 
