@@ -187,6 +187,8 @@ def main():
     parser.add_argument("--minutes", type=float, default=10, help="time for the engine's pictures")
     args = parser.parse_args()
     torch.set_num_threads(1)
+    # Whoever keeps the output in a file sees it as it comes.
+    sys.stdout.reconfigure(line_buffering=True)
     cases = args.out / "cases"
     cases.mkdir(parents=True, exist_ok=True)
     link = args.out / record.MODEL
