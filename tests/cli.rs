@@ -141,6 +141,7 @@ fn a_plan_is_printed_and_nothing_is_drawn() {
     let drawn = generate("a red circle", &["--json", "-n", "2", "--sm-count", "132"], &file);
     let json: serde_json::Value = serde_json::from_slice(&drawn.stdout).unwrap();
     assert_eq!(&json["plan"], planned);
-    let refused = generate("a red circle", &["--plan", "--steps", "0"], &file);
-    assert_eq!(refused.status.code(), Some(2), "a plan is for requests that would run");
+    let refused = generate("a red circle", &["--plan", "-n", "0"], &file);
+    let message = text(&refused.stderr);
+    assert!(refused.status.code() == Some(2) && message.contains("n: is 0"), "not a request to run: {message}");
 }

@@ -1,7 +1,7 @@
 //! What the executor asks of a device: memory, node lists, replay, events.
 //!
-//! Two devices implement this: `emulated` (the same `.cu` files on host fibers) and `cuda`; a third, `paper`, only
-//! hands out addresses, so that node lists can be counted without memory. The executor
+//! Two devices implement this: `emulated` (the same `.cu` files on host fibers) and `cuda`. Two more only hand out
+//! addresses: `paper`, so that node lists can be counted, and `planning`, so that a model can be planned. The executor
 //! never captures streams: it records [`Node`]s with explicit dependencies, and a device turns the [`NodeList`]
 //! into whatever it can replay cheaply. Nothing in a node changes between replays: position, token index and
 //! lengths live in device memory.
