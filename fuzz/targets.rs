@@ -10,8 +10,11 @@ use warpstep::request::{Limits, Preset, RequestFields};
 use warpstep::tokenizer::{ModelTokenIds, Tokenizer, TokenizerFiles};
 use warpstep::weights::{Checkpoint, Dtype, OpenOptions, convert, model_tensors, vae_tensors};
 
+/// What takes the bytes.
+pub type Target = fn(&[u8]);
+
 /// Every target by the name of its folder of seeds.
-pub const TARGETS: [(&str, fn(&[u8])); 6] = [
+pub const TARGETS: [(&str, Target); 6] = [
     ("safetensors", safetensors),
     ("index", index),
     ("pt", pt),

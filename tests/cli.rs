@@ -143,5 +143,8 @@ fn a_plan_is_printed_and_nothing_is_drawn() {
     assert_eq!(&json["plan"], planned);
     let refused = generate("a red circle", &["--plan", "-n", "0"], &file);
     let message = text(&refused.stderr);
-    assert!(refused.status.code() == Some(2) && message.contains("n: is 0"), "not a request to run: {message}");
+    assert!(
+        refused.status.code() == Some(2) && message.contains("n: is 0"),
+        "not a request to run: {message}"
+    );
 }

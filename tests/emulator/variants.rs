@@ -75,6 +75,10 @@ impl Stream for SwappingStream {
         self.inner.record()
     }
 
+    fn record_timed(&mut self) -> Result<Box<dyn Event>> {
+        self.inner.record_timed()
+    }
+
     fn synchronize(&mut self) -> Result<()> {
         self.inner.synchronize()
     }
