@@ -142,6 +142,10 @@ impl Stream for SinkStream {
         unreachable!("loading waits for nothing but the end")
     }
 
+    fn record_timed(&mut self) -> Result<Box<dyn Event>> {
+        unreachable!("loading waits for nothing but the end")
+    }
+
     fn synchronize(&mut self) -> Result<()> {
         Ok(())
     }
