@@ -250,7 +250,7 @@ EXPORT int cuEventRecord(Event* event, Stream* stream) {
     Call call("cuEventRecord");
     call.s.note(" event=%p", (void*)event);
     if (!call.live(event, "event") || !call.live(stream, "stream") || call.code != kSuccess) return call.code;
-    event->marker = ++call.s.markers;
+    event->marker = event->stamp = ++call.s.markers;
     call.s.recorded[event] = stream;
     stream->ops.push_back({Op::kMarker, nullptr, nullptr, 0, 0, event->marker});
     return call.code;
@@ -274,12 +274,13 @@ EXPORT int cuEventSynchronize(Event* event) {
     return call.code;
 }
 
-// A millisecond per marker in between; only of events that were recorded.
+// A millisecond per record in between; only of events that were recorded and have been passed.
 EXPORT int cuEventElapsedTime_v2(float* milliseconds, Event* start, Event* end) {
     Call call("cuEventElapsedTime_v2");
     if (!call.live(start, "event") || !call.live(end, "event") || call.code != kSuccess) return call.code;
-    if (start->marker == 0 || end->marker == 0) return call.code = kInvalidHandle;
-    *milliseconds = static_cast<float>(end->marker - start->marker);
+    if (start->stamp == 0 || end->stamp == 0) return call.code = kInvalidHandle;
+    if (start->marker != 0 || end->marker != 0) return call.code = kNotReady;
+    *milliseconds = static_cast<float>(end->stamp - start->stamp);
     return call.code;
 }
 

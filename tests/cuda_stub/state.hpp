@@ -30,6 +30,7 @@ struct Function {
 
 struct Event {
     uint64_t marker = 0;  // of the newest record that has not been passed; 0 for none
+    uint64_t stamp = 0;   // of the newest record, passed or not: its time; 0 before the first
 };
 
 struct Op {
