@@ -64,8 +64,8 @@ fn every_kernel_of_the_sources_is_in_a_cubin() {
 }
 
 /// The products over packed weights: two blocks of 256 threads per SM in registers, so that a launch's first loads are
-/// under way while its predecessor ends, and little static shared memory beside what geometry plans; tensor-core
-/// tiles one block.
+/// under way while its predecessor ends, and no more static shared memory than the 2 KB that geometry leaves of an SM's
+/// 227 (`kSharedBytes` in stream.cuh is 225); tensor-core tiles one block.
 #[test]
 fn packed_products_fit_an_sm_as_designed() {
     if no_cubins() {
@@ -73,7 +73,7 @@ fn packed_products_fit_an_sm_as_designed() {
     }
     let resources = cubins::resources();
     for op in ["qkv", "o_proj", "gate_up", "down", "out_proj", "linear"] {
-        for (variant, registers, shared) in [("stream", 128, 1280), ("ring", 128, 1280), ("mma", 255, 1280)] {
+        for (variant, registers, shared) in [("stream", 128, 2048), ("ring", 128, 2048), ("mma", 255, 1280)] {
             let symbol = format!("{op}_{variant}_bf16");
             let kernel =
                 resources.iter().find(|k| k.symbol == symbol).unwrap_or_else(|| panic!("no {symbol}"));
