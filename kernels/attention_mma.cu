@@ -356,13 +356,13 @@ DEV void splitkv(const AttentionParams& p) {
   if (tid == 0) *arrivals = 0;
 }
 
-KERNEL(attention_flash_bf16, AttentionParams, 128, 2) {
+KERNEL(attention_mma_flash_bf16, AttentionParams, 128, 2) {
   if (p.head_dim == 64)
     flash<64>(p);
   else
     flash<128>(p);
 }
-KERNEL(attention_splitkv_mma_bf16, AttentionParams, 128, 2) {
+KERNEL(attention_mma_splitkv_bf16, AttentionParams, 128, 2) {
   if (p.head_dim == 64)
     splitkv<64>(p);
   else

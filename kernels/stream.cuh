@@ -114,12 +114,12 @@ DEV void request_chunk(Ring& r) {
   r.left -= steps;
   r.put = r.put + 1 == r.depth ? 0 : r.put + 1;
 }
-/* `free`: the shared memory of the ring; the slots of a warp lie together. */
-DEV void begin(Ring& r, const unsigned char* w, Steps mine, unsigned char* free, uint32_t stages) {
+/* `room`: the shared memory of the ring; the slots of a warp lie together. */
+DEV void begin(Ring& r, const unsigned char* w, Steps mine, unsigned char* room, uint32_t stages) {
   SMEM(uint64_t, full, kWarps * kRingStages);
   r.next = w + size_t(mine.first) * kStepBytes;
   r.left = mine.end - mine.first;
-  r.slots = free + warp_id() * stages * kRingSlotBytes;
+  r.slots = room + warp_id() * stages * kRingSlotBytes;
   r.full = full + warp_id() * kRingStages;
   r.depth = stages;
   r.put = r.get = r.phase = 0;

@@ -32,12 +32,12 @@ pub static OP: Op = Op {
         },
         Variant {
             name: "flash",
-            kernels: kernels!("attention_mma", bf16: "attention_flash_bf16"),
+            kernels: kernels!("attention_mma", bf16: "attention_mma_flash_bf16"),
             summary: "prompts on tensor cores, 64 rows x 64 keys; head_dim 64 or 128",
         },
         Variant {
             name: "splitkv_mma",
-            kernels: kernels!("attention_mma", bf16: "attention_splitkv_mma_bf16"),
+            kernels: kernels!("attention_mma", bf16: "attention_mma_splitkv_bf16"),
             summary: "as splitkv on tensor cores; head_dim 64 or 128, at most 8 query heads per kv head",
         },
     ],

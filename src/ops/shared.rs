@@ -245,7 +245,7 @@ mod tests {
         let split = attention::SplitScratch { partial: span(6), arrivals: span(7), splits: 3 };
         let args = attention::Args { split: Some(split), ..attention_args() };
         let node = with_launch(DType::Bf16, |l| attention::node(l, "t", &args)).unwrap();
-        assert_eq!((node.kernel.symbol, node.geometry.grid), ("attention_splitkv_mma_bf16", [2, 3, 1]));
+        assert_eq!((node.kernel.symbol, node.geometry.grid), ("attention_mma_splitkv_bf16", [2, 3, 1]));
         let partial = Span { ptr: span(6).ptr, bytes: 2 * 5 * 3 * 66 * 4 };
         assert!(node.reads.contains(&partial) && node.writes.contains(&partial));
 
