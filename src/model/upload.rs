@@ -131,7 +131,7 @@ impl<'a> Uploader<'a> {
         Ok(Weight { span: self.packed(label, tensors, inner, pairing)?, layout: Layout::Tiles })
     }
 
-    /// Uploads the matrix of `tensors`, one over another, packed: tile by tile, in pieces of about [`CHUNK_BYTES`].
+    /// Uploads the matrix of `tensors`, one over another, packed: tile by tile, in pieces of about 8 MB.
     pub fn packed(
         &mut self,
         label: &str,
