@@ -38,7 +38,8 @@ pub struct LatentNoise {
     pub seed: u64,
 }
 
-/// Encodes `image` (the posterior's mean), adds the noise and decodes. Refuses sides that the VAE cannot encode.
+/// Encodes `image` (the posterior's mean), adds the noise and decodes. Refuses sides that the VAE cannot encode,
+/// and pictures that do not fit the engine's memory budget.
 pub fn reconstruct(engine: &Engine, image: &RgbImage, noise: LatentNoise) -> Result<Reconstruction> {
     if !(noise.sigma.is_finite() && noise.sigma >= 0.0) {
         return Err(Error::request(
@@ -56,9 +57,10 @@ pub fn reconstruct(engine: &Engine, image: &RgbImage, noise: LatentNoise) -> Res
     let grid = (height / factor, width / factor);
     let bytes = grid.0 * grid.1 * model.config.token_dim() * dtype.bytes();
 
+    let arena_bytes = encoder.plan((height, width), dtype)?.max(model.vae.plan(1, grid, dtype)?);
+    engine.check_budget((bytes as u64).saturating_add(arena_bytes as u64))?;
     let tokens = device.alloc(bytes, "tokens")?;
-    let arena =
-        device.alloc(encoder.plan((height, width), dtype)?.max(model.vae.plan(1, grid, dtype)?), "vae")?;
+    let arena = device.alloc(arena_bytes, "vae")?;
     let mut stream = device.stream()?;
     let launch = Launch {
         selection: &engine.options.kernels,
@@ -112,8 +114,10 @@ pub fn decode_tokens(engine: &Engine, tokens: &ImageTokens) -> Result<Vec<RgbIma
             format!("{} image tokens values of another layout, {:?}", tokens.values.len(), tokens.layout);
         return Err(Error::Internal(reason));
     }
-    let arena = device.alloc(model.vae.plan(tokens.images, tokens.grid, dtype)?, "vae")?;
+    let arena_bytes = model.vae.plan(tokens.images, tokens.grid, dtype)?;
     let (bytes, _) = encode(dtype, tokens.values.clone());
+    engine.check_budget((bytes.len() as u64).saturating_add(arena_bytes as u64))?;
+    let arena = device.alloc(arena_bytes, "vae")?;
     let source = device.alloc(bytes.len(), "tokens")?;
     let mut stream = device.stream()?;
     stream.upload(source.ptr(), &bytes)?;

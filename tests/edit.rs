@@ -125,6 +125,22 @@ fn reconstruction_is_close_and_noise_takes_it_away() {
     assert_eq!(field(reconstruct(&engine, &odd, LatentNoise::default())), "images");
 }
 
+#[test]
+fn a_reconstruction_keeps_to_the_memory_budget() {
+    let weight_bytes = engine().plan(&engine().request("a").unwrap()).unwrap().weight_bytes;
+    // Room for the smallest picture's activations, not for those of a large one.
+    let budget = Some(weight_bytes + (8 << 20));
+    let tight = load(EngineOptions { memory_budget_bytes: budget, ..EngineOptions::default() });
+    let through = |side| reconstruct(&tight, &disc(side, side, [0; 3]), LatentNoise::default());
+    assert!(through(16).is_ok());
+    match through(512) {
+        Err(Error::OutOfMemory { requested_bytes, free_bytes, .. }) => {
+            assert!(requested_bytes > budget.unwrap() && free_bytes == 8 << 20);
+        }
+        other => panic!("{:?}", other.map(|made| made.channels)),
+    }
+}
+
 fn warpstep(arguments: &[&str], files: &[&Path]) -> Output {
     Command::new(env!("CARGO_BIN_EXE_warpstep")).args(arguments).args(files).output().unwrap()
 }

@@ -59,6 +59,7 @@ fn complete_reads_pictures_and_refuses_senseless_options() {
         (&["complete", "a", "--max-tokens", "0"], "max_tokens"),
         (&["complete", "a", "--max-tokens", "32768"], "max_tokens"),
         (&["complete", "a <image>"], "there is none"),
+        (&["complete", "a", "--resize", "bucket:256"], "no effect without --image"),
         (&["complete", "a <|begin_of_image|>"], "special token"),
         (&["complete", ""], "nothing to continue"),
         (&["generate", "a", "--think", "--refine"], "cannot be used with"),
@@ -74,6 +75,13 @@ fn complete_reads_pictures_and_refuses_senseless_options() {
         assert!(output.stdout.is_empty(), "{arguments:?}");
     }
     assert_eq!(warpstep(&["complete", "a", "--image", "/no/such.png"]).status.code(), Some(1));
+    write_png(&path, &RgbImage::new(40, 33, vec![200; 40 * 33 * 3]).unwrap(), None).unwrap();
+    let odd = ["complete", "<image>a", "--image", picture, "--max-tokens", "1"];
+    let refused = warpstep(&odd);
+    assert_eq!(refused.status.code(), Some(2));
+    assert!(text(&refused.stderr).contains("40x33"), "{}", text(&refused.stderr));
+    let resized = warpstep(&[&odd[..], &["--resize", "crop:32x16"]].concat());
+    assert!(resized.status.success(), "{}", text(&resized.stderr));
     let help = text(&warpstep(&["complete", "--help"]).stdout);
     assert!(help.contains("warpstep complete \"a red\"") && help.contains("<image>"), "{help}");
 }

@@ -1,8 +1,8 @@
 //! `warpstep complete`: a text in, its continuation out.
 
 use crate::args::{DeviceArgs, Precision};
-use crate::picture::read_picture;
-use anyhow::Result;
+use crate::picture::{PictureArgs, read_picture};
+use anyhow::{Context, Result};
 use clap::Args;
 use std::io::Write;
 use std::num::NonZeroU32;
@@ -35,10 +35,13 @@ pub struct Complete {
     /// The text to continue.
     prompt: String,
 
-    /// A picture that the prompt shows: a PNG, JPEG or WebP file whose sides divide by the model's token size (16);
-    /// may be repeated.
+    /// A picture that the prompt shows: a PNG, JPEG or WebP file whose sides divide by the model's token size (16)
+    /// unless --resize is given; may be repeated.
     #[arg(long = "image", value_name = "FILE")]
     images: Vec<PathBuf>,
+
+    #[command(flatten)]
+    pictures: PictureArgs,
 
     /// Most tokens to write.
     #[arg(long, alias = "max-new-tokens", value_name = "N", default_value_t = 256)]
@@ -114,7 +117,17 @@ impl Complete {
             return Err(Error::request("seed", reason).into());
         }
         let mut request = TextRequest::new(&self.prompt);
-        request.images = self.images.iter().map(|path| read_picture(path, None)).collect::<Result<_>>()?;
+        request.images = self
+            .images
+            .iter()
+            .map(|path| {
+                read_picture(path, self.pictures.resize)
+                    .with_context(|| format!("picture {}", path.display()))
+            })
+            .collect::<Result<_>>()?;
+        if self.pictures.resize.is_some() && self.images.is_empty() {
+            return Err(Error::request("resize", "has no effect without --image").into());
+        }
         request.max_tokens = self.max_tokens;
         request.sampling = sampling;
         request.seed = self.seed.unwrap_or(request.seed);
