@@ -306,6 +306,7 @@ typedef struct {
 typedef struct {
   uint64_t x;   /* [B, h, w, 3] E */
   uint64_t rgb; /* [B, h, w, 3] uint8, written */
+  uint64_t bad; /* [ceil(elements / 32)] uint32, written: bit i of word w is set if x[32 w + i] is not finite */
   uint64_t elements;
 } ToRgb8Params;
 

@@ -147,6 +147,16 @@ fn a_nan_that_only_the_second_token_sees() {
     assert_not_finite(model.draw(), ("flow head", 1));
 }
 
+/// The tokens are fine. One of the decoder's last three biases is NaN, which every pixel shows.
+#[test]
+fn a_nan_that_only_the_vae_decoder_makes() {
+    let model = Model::new(|_| {}, |vae| vae.get_mut("decoder.conv_out.bias").unwrap().1[1] = f32::NAN);
+    match model.draw() {
+        Err(Error::NonFinitePixel { picture: 0, row: 0, column: 0 }) => {}
+        other => panic!("{:?}", other.map(|picture| picture.len())),
+    }
+}
+
 /// Square matrices cannot be told from their transposes; every other one is refused by name.
 #[test]
 fn transposed_weights() {

@@ -48,6 +48,8 @@ pub struct Decoded {
     pub image: Span,
     /// `[B, height, width, 3]` uint8.
     pub rgb: Span,
+    /// Which values of `image` are not finite, a bit each.
+    pub bad: Span,
     /// Rows of a picture.
     pub height: usize,
     /// Columns of a picture.
@@ -57,8 +59,16 @@ pub struct Decoded {
 }
 
 impl Decoded {
-    /// The pictures, brought to the host after everything enqueued so far.
+    /// The pictures, brought to the host after everything enqueued so far; an error if a value of the decoder was not
+    /// finite, which a level from 0 to 255 no longer shows.
     pub fn download(&self, stream: &mut dyn Stream) -> Result<Vec<RgbImage>> {
+        let mut bad = vec![0; self.bad.bytes];
+        stream.download(self.bad.ptr, &mut bad)?;
+        if let Some(value) = ops::to_rgb8::first_bad(&bad) {
+            let pixel = value / VaeConfig::IMAGE_CHANNELS;
+            let (row, column) = (pixel / self.width % self.height, pixel % self.width);
+            return Err(Error::NonFinitePixel { picture: pixel / (self.width * self.height), row, column });
+        }
         let mut rgb = vec![0; self.rgb.bytes];
         stream.download(self.rgb.ptr, &mut rgb)?;
         rgb.chunks_exact((self.width * self.height * VaeConfig::IMAGE_CHANNELS).max(1))
@@ -72,6 +82,7 @@ struct Layout {
     latent: usize,
     image: usize,
     rgb: usize,
+    bad: usize,
     scratch: usize,
     bytes: usize,
     /// Pictures per pass.
@@ -144,6 +155,7 @@ impl VaeDecoder {
             latent: layout.latent_span(arena, images, &self.config, latent, launch.dtype)?,
             image: arena.slice(layout.image, pixels * launch.dtype.bytes()),
             rgb: arena.slice(layout.rgb, pixels),
+            bad: arena.slice(layout.bad, ops::to_rgb8::bad_bytes(pixels)),
             height,
             width,
             taps: Vec::new(),
@@ -166,7 +178,12 @@ impl VaeDecoder {
             };
             decoded.taps.extend(pass.record(list, &steps)?);
         }
-        let args = ops::to_rgb8::Args { x: decoded.image, rgb: decoded.rgb, elements: pixels };
+        let args = ops::to_rgb8::Args {
+            x: decoded.image,
+            rgb: decoded.rgb,
+            bad: decoded.bad,
+            elements: pixels,
+        };
         list.push(ops::to_rgb8::node(launch, "vae.to_rgb8", &args)?);
         Ok(decoded)
     }
@@ -193,8 +210,9 @@ impl Layout {
         let latent_bytes = elements(&[images, latent.0, latent.1, config.z_channels, dtype.bytes()])?;
         let mut next = |bytes: usize| ends.take(bytes).map(|region| region.offset);
         let (latent, image) = (next(latent_bytes)?, next(elements(&[pixels, dtype.bytes()])?)?);
-        let (rgb, scratch) = (next(pixels)?, next(scratch_bytes)?);
-        Ok(Layout { latent, image, rgb, scratch, bytes: ends.bytes(), pass, size })
+        let (rgb, bad) = (next(pixels)?, next(ops::to_rgb8::bad_bytes(pixels))?);
+        let scratch = next(scratch_bytes)?;
+        Ok(Layout { latent, image, rgb, bad, scratch, bytes: ends.bytes(), pass, size })
     }
 
     fn check(&self, arena: Span) -> Result<()> {

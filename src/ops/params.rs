@@ -593,9 +593,11 @@ pub struct ToRgb8Params {
     pub x: u64,
     /// [B, h, w, 3] uint8, written
     pub rgb: u64,
+    /// [ceil(elements / 32)] uint32, written: bit i of word w is set if x[32 w + i] is not finite
+    pub bad: u64,
     pub elements: u64,
 }
-const _: () = assert!(size_of::<ToRgb8Params>() == 24);
+const _: () = assert!(size_of::<ToRgb8Params>() == 32);
 
 /// The measuring kernels (kernels/bench.cu): copy, read-only sum, random values
 #[repr(C)]
