@@ -8,7 +8,6 @@
 mod split_guard;
 
 use crate::error::{Error, Result};
-use serde::de::IgnoredAny;
 use split_guard::SplitGuard;
 use std::collections::BTreeMap;
 use std::io::Read;
@@ -111,8 +110,10 @@ impl Tokenizer {
         if files.tokenizer.len() as u64 > MAX_FILE_BYTES {
             return Err(fail(format!("{} bytes, more than {MAX_FILE_BYTES}", files.tokenizer.len())));
         }
-        // What is no JSON at all makes the crate panic in some places; this says where it is wrong.
-        let _: IgnoredAny = serde_json::from_slice(files.tokenizer).map_err(|e| fail(e.to_string()))?;
+        // What is no JSON at all makes the crate panic in some places; this says where it is wrong. A whole value, since
+        // what is skipped may hold bytes that are no text.
+        let _: serde_json::Value =
+            serde_json::from_slice(files.tokenizer).map_err(|e| fail(e.to_string()))?;
         let parsed =
             contained(|| tokenizers::Tokenizer::from_bytes(files.tokenizer).map_err(|e| e.to_string()));
         let mut inner = parsed.map_err(&fail)?;

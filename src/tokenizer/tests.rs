@@ -87,6 +87,16 @@ fn settings_follow_transformers_precedence() {
     assert_eq!(bos(None, None), None);
 }
 
+/// Found by fuzzing: in a field that nobody reads, such bytes made the crate `tokenizers` panic, caught but printed.
+#[test]
+fn bytes_that_are_no_text_are_refused_before_the_crate_sees_them() {
+    let json = tiny_json().to_string().replacen("\"decoder\":{", "\"decoder\":{\"unread@\":1,", 1);
+    let bytes: Vec<u8> = json.bytes().map(|byte| if byte == b'@' { 0x86 } else { byte }).collect();
+    assert!(bytes.contains(&0x86), "{json}");
+    let said = reason(from_files(&bytes, None, None, TINY));
+    assert!(said.contains("unicode") && !said.contains("panicked"), "{said}");
+}
+
 #[test]
 fn malformed_files_are_refused() {
     for bytes in [&b""[..], b"{", b"[]", b"null", b"\xff\xfe", b"{\"version\": \"1.0\"}"] {
