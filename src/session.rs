@@ -36,7 +36,9 @@ const TOKENS_IN_FLIGHT: usize = 2;
 /// does not go through the transformer again. All else in the memory is overwritten. A request of another shape first
 /// gives that memory back, so that a session never holds more than one request's plan. After a request that failed or
 /// was stopped nothing is kept. Pictures are the same to the last bit with and without. [`Images::reuse`] says what
-/// was found, [`forget`](Self::forget) gives everything back.
+/// was found, [`forget`](Self::forget) gives everything back: also what a server calls that may keep nothing of one
+/// user's prompts while it serves another. Rows that show input pictures are never kept, and previews' lists are made
+/// anew.
 pub struct Session {
     engine: Arc<Engine>,
     /// Wiped, and of a request that went well.
