@@ -325,7 +325,7 @@ impl Run {
                 source_rows: rows.rows,
                 hidden,
             };
-            list.push(ops::gather_rows::node(&launch, "prefill.last_rows", &gather)?);
+            list.push(ops::gather_rows::node(&launch, "prefill.gather_rows", &gather)?);
             done += run.len();
         }
         // A copy: decoding writes over the rows that it starts from, and these outlive it.
@@ -337,7 +337,7 @@ impl Run {
             source_rows: self.spec.prompts.len(),
             hidden,
         };
-        list.push(ops::gather_rows::node(&launch, "prefill.gather_rows", &gather)?);
+        list.push(ops::gather_rows::node(&launch, "prefill.start_rows", &gather)?);
         Ok(list)
     }
 
