@@ -111,6 +111,17 @@ pub struct Timings {
     pub total_ms: f64,
 }
 
+/// What a generation took over from the one before it in its session.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, serde::Serialize)]
+pub struct Reuse {
+    /// Memory and token lists (on a GPU the graphs) were there already.
+    pub lists: bool,
+    /// Prompt tokens, over all images and guidance branches, that went through the transformer.
+    pub prefilled_tokens: usize,
+    /// Those whose keys and values were still in the cache: of prompts that the last request had too.
+    pub kept_tokens: usize,
+}
+
 /// A duration in the unit of [`Timings`].
 pub fn milliseconds(duration: Duration) -> f64 {
     duration.as_secs_f64() * 1e3

@@ -24,7 +24,7 @@
 //! | module | owns |
 //! |---|---|
 //! | [`engine`] | a loaded model on a device, validation, the plan of a request |
-//! | [`session`] | the token loop: events, cancel, checks |
+//! | [`session`] | the token loop: events, cancel, checks; memory, lists and prompts kept for the next request |
 //! | [`text`] | text from the LM head: the same loop with the host choosing each token |
 //! | [`mod@reconstruct`] | pictures through the VAE and back |
 //! | [`tokens`] | image tokens in files, to be decoded again |
@@ -41,7 +41,9 @@
 //! # Promises to a host process
 //!
 //! Errors are values ([`Error`]). The library never prints, installs no handlers, opens no sockets, executes nothing
-//! from checkpoints, and allocates no more device memory than [`engine::Engine::plan`] says.
+//! from checkpoints, and allocates no more device memory than [`engine::Engine::plan`] says: a session keeps that of its
+//! last request, overwritten but for the prompts' keys and values, until a request of another shape or
+//! [`session::Session::forget`].
 #![warn(missing_docs)]
 
 pub mod bench;

@@ -2,19 +2,22 @@
 //!
 //! The loop replays one node list per image token and never waits for the host inside a row of tokens: at most
 //! `TOKENS_IN_FLIGHT` tokens are enqueued beyond the last completed event. Progress, cancel and the check for
-//! non-finite values act on events.
+//! non-finite values act on events. Memory and lists are kept for the next request (`bound`).
 
-use crate::device::{Event as DeviceEvent, Executable, nvtx};
+mod bound;
+
+use crate::device::{Event as DeviceEvent, nvtx};
 use crate::engine::{Engine, Plan};
 use crate::error::{Error, Result};
-use crate::event::{CancelToken, Control, Event, Timings, milliseconds};
+use crate::event::{CancelToken, Control, Event, Reuse, Timings, milliseconds};
 use crate::image::RgbImage;
 use crate::model::arena::Stage;
+use crate::model::plan::RunSpec;
 use crate::model::run::Run;
-use crate::model::vae::Decoded;
 use crate::ops::harness::decode;
 use crate::request::GenerateRequest;
 use crate::tokens::ImageTokens;
+use bound::Bound;
 use std::any::Any;
 use std::collections::VecDeque;
 use std::panic::{AssertUnwindSafe, catch_unwind};
@@ -25,8 +28,21 @@ use std::time::Instant;
 const TOKENS_IN_FLIGHT: usize = 2;
 
 /// Generates images with an engine. Used by one thread at a time; dropping it frees all memory it took.
+///
+/// After a request that went well a session keeps the memory that it took, [`kept_bytes`](Self::kept_bytes), and the
+/// prepared lists (on a GPU the graphs) in it, for the next request of the same shape: image size, number of images,
+/// steps, guidance branches, sampler, and prompts of about the same length; prompts, seeds, scales and times may
+/// differ. It also keeps the keys and values of the prompts, so that one that comes again, such as a negative prompt,
+/// does not go through the transformer again. All else in the memory is overwritten. A request of another shape first
+/// gives that memory back, so that a session never holds more than one request's plan. After a request that failed or
+/// was stopped nothing is kept. Pictures are the same to the last bit with and without. [`Images::reuse`] says what
+/// was found, [`forget`](Self::forget) gives everything back: also what a server calls that may keep nothing of one
+/// user's prompts while it serves another. Rows that show input pictures are never kept, and previews' lists are made
+/// anew.
 pub struct Session {
     engine: Arc<Engine>,
+    /// Wiped, and of a request that went well.
+    kept: Option<Bound>,
 }
 
 /// What a generation returns.
@@ -40,6 +56,8 @@ pub struct Images {
     pub timings: Timings,
     /// The pictures' tokens, if the request asked for them; without notes.
     pub tokens: Option<ImageTokens>,
+    /// What was there from the request before.
+    pub reuse: Reuse,
 }
 
 /// Sends events and turns a caller's wish to stop into an error.
@@ -75,7 +93,44 @@ fn panic_message(panic: &(dyn Any + Send)) -> String {
 
 impl Session {
     pub(crate) fn new(engine: Arc<Engine>) -> Session {
-        Session { engine }
+        Session { engine, kept: None }
+    }
+
+    /// Gives back the memory that is kept for the next request.
+    pub fn forget(&mut self) {
+        self.kept = None;
+    }
+
+    /// Device bytes that are kept for the next request.
+    pub fn kept_bytes(&self) -> u64 {
+        self.kept.as_ref().map_or(0, Bound::bytes)
+    }
+
+    /// Calls `build`, which takes `bytes` of device memory beside what is kept; where there is no room for both, that
+    /// is given back.
+    pub(crate) fn beside_kept<T>(&mut self, bytes: u64, build: impl Fn() -> Result<T>) -> Result<T> {
+        if self.engine.check_budget(self.kept_bytes().saturating_add(bytes)).is_err() {
+            self.forget();
+        }
+        match build() {
+            Err(Error::OutOfMemory { .. }) if self.kept.is_some() => {
+                self.forget();
+                build()
+            }
+            result => result,
+        }
+    }
+
+    /// Memory and lists for `spec`, and whether they were there already. Nothing is kept meanwhile: what comes of
+    /// this request decides whether they are again.
+    fn bind(&mut self, spec: RunSpec) -> Result<(Bound, bool)> {
+        if let Some(mut bound) = self.kept.take()
+            && bound.fits(&spec)?
+        {
+            bound.rebind(spec)?;
+            return Ok((bound, true));
+        }
+        Ok((Bound::new(&self.engine, spec)?, false))
     }
 
     /// The engine of this session.
@@ -89,8 +144,8 @@ impl Session {
 
     /// Makes the images of a request. `callback` is called on this thread; `cancel` may be set from any.
     ///
-    /// Whatever comes back, all memory of the generation has been freed, and the session may be used again. The
-    /// callback may take its time (the device waits for it after at most a few tokens), may generate with another
+    /// Whatever comes back, the session may be used again; after an error all memory of the generation has been freed.
+    /// The callback may take its time (the device waits for it after at most a few tokens), may generate with another
     /// session, and may panic, which ends the generation with [`Error::CallbackPanicked`]. It cannot use this session,
     /// and cannot drop it:
     ///
@@ -120,13 +175,9 @@ impl Session {
         timings.tokenize_ms = milliseconds(start.elapsed());
 
         let mark = Instant::now();
-        let mut run = Run::new(
-            self.engine.model.clone(),
-            &self.engine.device,
-            self.engine.options.kernels.clone(),
-            prepared.spec,
-        )?;
-        let lists = Lists::new(&mut run)?;
+        let (mut bound, lists) = self.bind(prepared.spec)?;
+        let (prefilled_tokens, kept_tokens) = bound.run.prompt_tokens();
+        let reuse = Reuse { lists, prefilled_tokens, kept_tokens };
         timings.setup_ms = milliseconds(mark.elapsed());
         listener.send(&Event::Started {
             prompt_tokens: plan.prompt_tokens.iter().copied().max().unwrap_or(0),
@@ -135,33 +186,37 @@ impl Session {
         })?;
 
         let mark = Instant::now();
-        encode(&mut run)?;
+        bound.encode()?;
         timings.vae_encode_ms = milliseconds(mark.elapsed());
 
         let mark = Instant::now();
-        prefill(&mut run)?;
+        bound.prefill()?;
         timings.prefill_ms = milliseconds(mark.elapsed());
 
         let mark = Instant::now();
-        token_loop(&mut run, &lists, &mut listener)?;
-        run.end_stage(Stage::Decode)?;
+        token_loop(&mut bound, &mut listener)?;
+        bound.run.end_stage(Stage::Decode)?;
         timings.decode_ms = milliseconds(mark.elapsed());
 
         let tokens = match request.keep_tokens {
-            true => Some(self.tokens(&mut run)?),
+            true => Some(self.tokens(&mut bound.run)?),
             false => None,
         };
         let mark = Instant::now();
         listener.check()?;
-        let images = lists.pictures(&mut run)?;
-        run.end_stage(Stage::Image)?;
+        let images = bound.pictures()?;
+        bound.run.end_stage(Stage::Image)?;
         timings.vae_decode_ms = milliseconds(mark.elapsed());
         for index in 0..images.len() {
             listener.send(&Event::Image { index: request.first_image as usize + index })?;
         }
         timings.total_ms = milliseconds(start.elapsed());
         listener.send(&Event::Finished { timings })?;
-        Ok(Images { images, plan, timings, tokens })
+        // The pictures are right, whatever becomes of the memory: a device that fails here says so to the next request.
+        if bound.run.wipe().is_ok() {
+            self.kept = Some(bound);
+        }
+        Ok(Images { images, plan, timings, tokens, reuse })
     }
 
     /// The finished tokens, brought to the host.
@@ -183,81 +238,17 @@ impl Session {
     }
 }
 
-fn encode(run: &mut Run) -> Result<()> {
-    let _range = nvtx::range(|| "vae encode");
-    run.encode_sources()
-}
-
-fn prefill(run: &mut Run) -> Result<()> {
-    let _range = nvtx::range(|| "prefill");
-    let list = Arc::new(run.record_prefill(true)?);
-    let executable = run.stream().instantiate(list)?;
-    run.stream().replay(executable.as_ref())?;
-    run.stream().synchronize()?;
-    run.end_stage(Stage::Prefill)
-}
-
-/// What is replayed, prepared once.
-struct Lists {
-    /// One image token and the transformer pass after it.
-    token: Box<dyn Executable>,
-    /// The last image token.
-    last: Box<dyn Executable>,
-    /// Tokens to pixels.
-    image: Box<dyn Executable>,
-    decoded: Decoded,
-}
-
-impl Lists {
-    fn new(run: &mut Run) -> Result<Lists> {
-        let token = Arc::new(run.record_token(false)?);
-        let last = Arc::new(run.record_token(true)?);
-        let (image, decoded) = run.record_image()?;
-        let stream = run.stream();
-        Ok(Lists {
-            token: stream.instantiate(token)?,
-            last: stream.instantiate(last)?,
-            image: stream.instantiate(Arc::new(image))?,
-            decoded,
-        })
-    }
-
-    /// The finished pictures.
-    fn pictures(&self, run: &mut Run) -> Result<Vec<RgbImage>> {
-        pictures(run, self.image.as_ref(), &self.decoded)
-    }
-}
-
-/// Replays a decoder list and brings its pictures to the host.
-fn pictures(run: &mut Run, list: &dyn Executable, decoded: &Decoded) -> Result<Vec<RgbImage>> {
-    let _range = nvtx::range(|| "vae");
-    run.stream().replay(list)?;
-    decoded.download(run.stream())
-}
-
-/// The first `rows` rows of every image, decoded as pictures of their own.
-fn preview(run: &mut Run, rows: usize) -> Result<Vec<RgbImage>> {
-    let mut all = Vec::new();
-    for image in 0..run.spec().images {
-        let (list, decoded) = run.record_preview(image, rows)?;
-        let list = run.stream().instantiate(Arc::new(list))?;
-        all.extend(pictures(run, list.as_ref(), &decoded)?);
-    }
-    Ok(all)
-}
-
 /// Enqueues every token; keeps at most [`TOKENS_IN_FLIGHT`] beyond the last one known to be finished.
-fn token_loop(run: &mut Run, lists: &Lists, listener: &mut Listener<'_>) -> Result<()> {
-    let (height, width) = run.spec().grid;
-    let preview_every = run.spec().preview_every_rows.map(|rows| rows.get() as usize);
+fn token_loop(bound: &mut Bound, listener: &mut Listener<'_>) -> Result<()> {
+    let (height, width) = bound.run.spec().grid;
+    let preview_every = bound.run.spec().preview_every_rows.map(|rows| rows.get() as usize);
     let total = height * width;
     let mut pending: VecDeque<Box<dyn DeviceEvent>> = VecDeque::new();
     for index in 0..total {
         listener.check()?;
         let _range = nvtx::range(|| format!("token {index}"));
-        let list = if index + 1 == total { &lists.last } else { &lists.token };
-        run.stream().replay(list.as_ref())?;
-        pending.push_back(run.stream().record()?);
+        bound.replay_token(index + 1 == total)?;
+        pending.push_back(bound.run.stream().record()?);
         let row_ends = (index + 1) % width == 0;
         // The end of a row is the only place where the host reads device memory, so everything is awaited.
         let keep = if row_ends { 0 } else { TOKENS_IN_FLIGHT };
@@ -269,7 +260,7 @@ fn token_loop(run: &mut Run, lists: &Lists, listener: &mut Listener<'_>) -> Resu
             }
         }
         if row_ends {
-            let state = run.state()?;
+            let state = bound.run.state()?;
             // First: what a stalled token holds means nothing.
             if state.stalled != 0 {
                 return Err(Error::Stalled { op: "flow_chain", token: state.stalled as usize - 1 });
@@ -280,7 +271,7 @@ fn token_loop(run: &mut Run, lists: &Lists, listener: &mut Listener<'_>) -> Resu
             let rows = (index + 1) / width;
             listener.send(&Event::Rows { done: rows, of: height })?;
             if preview_every.is_some_and(|every| rows < height && rows.is_multiple_of(every)) {
-                let images = preview(run, rows)?;
+                let images = bound.preview(rows)?;
                 listener.send(&Event::Preview { rows, of: height, images })?;
             }
         }

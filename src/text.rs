@@ -123,6 +123,13 @@ pub struct TextPlan {
     pub max_tokens: usize,
 }
 
+impl TextPlan {
+    /// Device bytes that the request allocates on top of the weights.
+    pub fn request_bytes(&self) -> u64 {
+        self.cache_bytes.saturating_add(self.activation_bytes)
+    }
+}
+
 /// A text that was written.
 #[derive(Clone, Debug)]
 pub struct Completion {
@@ -180,7 +187,6 @@ impl Engine {
             poison: self.options.poison_dead_buffers,
         };
         let bytes = text::plan(&self.model, &self.device.info(), &spec)?;
-        self.check_budget(bytes.cache.saturating_add(bytes.activations))?;
         let plan = TextPlan {
             weight_bytes: self.model.weight_bytes(),
             cache_bytes: bytes.cache,
@@ -188,6 +194,7 @@ impl Engine {
             prompt_tokens: spec.prompts[0].len(),
             max_tokens,
         };
+        self.check_budget(plan.request_bytes())?;
         Ok(Prepared { spec, plan })
     }
 
@@ -224,8 +231,10 @@ impl Session {
         timings.tokenize_ms = milliseconds(start.elapsed());
 
         let mark = Instant::now();
-        let mut run =
-            TextRun::new(engine.model.clone(), &engine.device, engine.options.kernels.clone(), spec)?;
+        let (model, kernels) = (&engine.model, &engine.options.kernels);
+        let mut run = self.beside_kept(plan.request_bytes(), || {
+            TextRun::new(model.clone(), &engine.device, kernels.clone(), spec.clone())
+        })?;
         let (prefill, token) = (Arc::new(run.record_prefill()?), Arc::new(run.record_token()?));
         let prefill = run.stream().instantiate(prefill)?;
         let token = run.stream().instantiate(token)?;

@@ -69,6 +69,10 @@ fn prompts_of_a_file_make_the_pictures_that_each_makes_alone() {
         text(&output.stdout).lines().map(|line| serde_json::from_str(line).unwrap()).collect();
     assert_eq!(lines.len(), 2);
     assert_eq!(lines[1]["request"]["prompt"], "a blue star");
+    // One session makes them all: the rows without caption went through the transformer once.
+    let reuse = |line: usize, key: &str| lines[line]["reuse"][key].as_u64();
+    assert_eq!((&lines[0]["reuse"]["lists"], &lines[1]["reuse"]["lists"]), (&false.into(), &true.into()));
+    assert!(reuse(0, "kept_tokens") == Some(0) && reuse(1, "kept_tokens") > Some(0), "{lines:?}");
     assert!(lines[1]["files"][1].as_str().unwrap().ends_with("out-1-1.png"));
     assert!(text(&output.stderr).contains("prompt 2 of 2: a blue star"));
     let alone = dir.name("alone.png");

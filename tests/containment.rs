@@ -71,13 +71,14 @@ fn every_device_call_fails_in_turn_then_a_good_request_on_the_same_engine() {
                 assert!(reason.contains(&format!("on purpose (call {n})")), "{reason}")
             }
             Err(other) => panic!("call {n}: {other}"),
-            // The last wait before memory is freed has nobody to tell.
+            // Once the pictures are there, what is left is overwritten to be kept, or freed, with nobody to tell.
             Ok(_) => unnoticed += 1,
         }
         assert_eq!(rig.device.live_bytes(), loaded, "after call {n}");
         assert!(rig.draw().unwrap() == picture, "after call {n}");
     }
-    assert_eq!(unnoticed, 1);
+    // Two pieces of the arena or three, keys and values of two rows of four layers, the last wait.
+    assert!((19..=20).contains(&unnoticed), "{unnoticed} of {calls}");
 }
 
 #[test]

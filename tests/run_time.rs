@@ -200,6 +200,8 @@ fn a_callback_that_panics() {
     }
     let again = session.generate(&rig.request, &CancelToken::new(), &mut |_| Control::Continue).unwrap();
     assert!(again.images[0].data() == rig.picture);
+    // What it keeps for its next request.
+    drop(session);
     let result = rig.draw(&CancelToken::new(), &mut |_| std::panic::panic_any(7u8));
     let message = result.unwrap_err().to_string();
     assert_eq!(message, "the callback panicked: with a value that is no text");

@@ -126,6 +126,13 @@ pub trait Stream: Send {
     /// Enqueues setting every byte of `span` to `byte`.
     fn fill(&mut self, span: Span, byte: u8) -> Result<()>;
 
+    /// The same for `rows` ranges like `first`, each `pitch_bytes` after the one before.
+    fn fill_rows(&mut self, first: Span, pitch_bytes: usize, rows: usize, byte: u8) -> Result<()> {
+        (0..rows).try_for_each(|row| {
+            self.fill(Span { ptr: first.ptr.offset(row * pitch_bytes), bytes: first.bytes }, byte)
+        })
+    }
+
     /// Enqueues one node.
     fn launch(&mut self, node: &Node) -> Result<()>;
 
@@ -147,6 +154,10 @@ pub trait Stream: Send {
 
 /// A prepared node list; what it holds is the device's business.
 pub trait Executable: Send {
+    /// Gives the node of this index the parameters of `node`, for replays enqueued from now on. An error if anything
+    /// else of the node would change: its kernel, its geometry, what it reads and writes.
+    fn set_params(&mut self, index: usize, node: &Node) -> Result<()>;
+
     /// For the device's own downcast.
     fn as_any(&self) -> &dyn Any;
 }

@@ -125,6 +125,21 @@ impl std::fmt::Debug for Node {
 }
 
 impl Node {
+    /// Refuses a node that is more than `self` with other parameters.
+    pub fn check_same_launch(&self, other: &Node) -> Result<()> {
+        let same = self.kernel == other.kernel
+            && self.geometry == other.geometry
+            && self.params.len == other.params.len
+            && self.reads == other.reads
+            && self.writes == other.writes;
+        match same {
+            true => Ok(()),
+            false => {
+                Err(Error::Internal(format!("{self:?} cannot become {other:?}: only parameters may change")))
+            }
+        }
+    }
+
     /// Whether `self` and a later `other` may not be swapped: one writes what the other reads or writes.
     pub fn conflicts(&self, other: &Node) -> bool {
         let hit = |a: &[Span], b: &[Span]| a.iter().any(|x| b.iter().any(|y| x.overlaps(y)));
@@ -172,6 +187,18 @@ impl NodeList {
     /// All nodes, in recording order.
     pub fn nodes(&self) -> &[Node] {
         &self.nodes
+    }
+
+    /// Gives node `index` the parameters of `node`, from which it may differ in nothing else but its label.
+    pub fn set_params(&mut self, index: usize, node: &Node) -> Result<()> {
+        let count = self.nodes.len();
+        let mine = self
+            .nodes
+            .get_mut(index)
+            .ok_or_else(|| Error::Internal(format!("parameters for node {index} of {count}")))?;
+        mine.check_same_launch(node)?;
+        mine.params = node.params;
+        Ok(())
     }
 
     /// Symbol of the kernel that writes `span` last, or `host` if no node does: names sources in reports.
@@ -270,6 +297,23 @@ mod tests {
         assert_eq!(list.deps(2), [0]);
         // d also overwrites what a wrote, but that edge is implied through b and c.
         assert_eq!(list.deps(3), [2, 1]);
+    }
+
+    #[test]
+    fn only_parameters_change() {
+        let mut list = NodeList::new();
+        list.push(node("a", &[(0, 8)], &[(8, 8)]));
+        let mut other = node("b", &[(0, 8)], &[(8, 8)]);
+        other.params = ParamBytes::of(&7u64);
+        list.set_params(0, &other).unwrap();
+        assert_eq!(list.nodes()[0].params.as_slice(), 7u64.to_ne_bytes());
+        assert_eq!(list.nodes()[0].label, "a");
+        assert!(list.set_params(1, &other).is_err(), "there is no such node");
+        let wider = Node { geometry: Geometry::linear(2, 32), ..other.clone() };
+        let longer = Node { params: ParamBytes::of(&[7u64; 2]), ..other.clone() };
+        for wrong in [wider, longer, node("c", &[(0, 8)], &[(16, 8)]), node("d", &[], &[(8, 8)])] {
+            assert!(matches!(list.set_params(0, &wrong), Err(Error::Internal(_))), "{wrong:?}");
+        }
     }
 
     #[test]

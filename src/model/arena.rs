@@ -15,6 +15,8 @@ pub enum Stage {
     Decode,
     /// Latents to pixels.
     Image,
+    /// Between two generations in the same memory.
+    Idle,
 }
 
 /// First and last stage in which a buffer holds something.
@@ -29,6 +31,9 @@ pub struct Life {
 impl Life {
     /// From the first stage to the last.
     pub const ALWAYS: Life = Life { from: Stage::Prefill, to: Stage::Image };
+
+    /// From the first stage into the next generation in the same memory.
+    pub const KEPT: Life = Life { from: Stage::Prefill, to: Stage::Idle };
 
     /// One stage only.
     pub const fn only(stage: Stage) -> Life {
@@ -49,7 +54,7 @@ impl Life {
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Slot(usize);
 
-#[derive(Clone, Debug)]
+#[derive(Clone, Debug, PartialEq, Eq)]
 struct Planned {
     label: String,
     offset: usize,
@@ -57,8 +62,8 @@ struct Planned {
     life: Life,
 }
 
-/// Buffers planned so far.
-#[derive(Clone, Debug, Default)]
+/// Buffers planned so far. Equal layouts put equal buffers in equal places.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Layout {
     planned: Vec<Planned>,
     bytes: usize,
@@ -122,9 +127,30 @@ impl Arena {
         Span { ptr: self.buffer.ptr().offset(p.offset), bytes: p.bytes }
     }
 
+    /// Where everything is in it.
+    pub fn layout(&self) -> &Layout {
+        &self.layout
+    }
+
     /// All of it.
     pub fn whole(&self) -> Span {
         self.buffer.span()
+    }
+
+    /// Everything but the buffers that live on into the next generation, in as few pieces as there can be.
+    pub fn left_behind(&self) -> Vec<Span> {
+        let kept = self.layout.planned.iter().filter(|p| p.life.to == Stage::Idle);
+        let mut kept: Vec<(usize, usize)> = kept.map(|p| (p.offset, p.offset + p.bytes)).collect();
+        kept.sort_unstable();
+        let mut pieces = Vec::with_capacity(kept.len() + 1);
+        let mut start = 0;
+        for (from, to) in kept.into_iter().chain([(self.buffer.bytes(), self.buffer.bytes())]) {
+            if from > start {
+                pieces.push(self.buffer.span().slice(start, from - start));
+            }
+            start = to;
+        }
+        pieces
     }
 
     /// The buffers whose life ends with `stage`.
@@ -163,6 +189,28 @@ mod tests {
         let sum: usize = layout.planned.iter().map(|p| p.bytes).sum();
         assert!(layout.bytes() < sum, "nothing was shared: {} of {sum}", layout.bytes());
         assert_eq!(slots.len(), 20);
+    }
+
+    #[test]
+    fn what_is_left_behind_is_all_but_what_is_kept() {
+        let mut layout = Layout::default();
+        let lives = [Life::ALWAYS, Life::KEPT, Life::KEPT, Life::only(Stage::Decode), Life::KEPT];
+        let slots: Vec<Slot> = lives
+            .iter()
+            .enumerate()
+            .map(|(i, &life)| layout.add("b", 100 + 37 * i, 4, life).unwrap())
+            .collect();
+        let device = crate::device::paper::PaperDevice::new(1);
+        let arena = layout.bind(&device, "arena").unwrap();
+        let pieces = arena.left_behind();
+        for (slot, life) in slots.iter().zip(lives) {
+            let covered = pieces.iter().any(|piece| piece.overlaps(&arena.span(*slot)));
+            assert_eq!(covered, life != Life::KEPT, "{life:?}");
+        }
+        let bytes = |spans: &[Span]| spans.iter().map(|span| span.bytes).sum::<usize>();
+        let kept: Vec<Span> = [1, 2, 4].map(|i: usize| arena.span(slots[i])).into();
+        assert_eq!(bytes(&pieces) + bytes(&kept), arena.whole().bytes);
+        assert!(arena.dying_after(Stage::Image).all(|span| kept.iter().all(|k| !k.overlaps(&span))));
     }
 
     #[test]

@@ -7,7 +7,7 @@ use super::config::ModelConfig;
 use super::upload::Uploader;
 use crate::device::{NodeList, Span};
 use crate::error::Result;
-use crate::ops::product::{ProductScratch, Weight};
+use crate::ops::product::{self, Layout, ProductScratch, Weight};
 use crate::ops::{self, DType, Launch};
 use crate::weights::ModelWeights;
 use crate::weights::pack::Pairing;
@@ -199,6 +199,18 @@ impl Backbone {
     /// `[D]` E: weights of the final norm.
     pub fn final_norm(&self) -> Span {
         self.norm
+    }
+
+    /// Whether the bits of each of `rows` rows are what they are in any other number of rows, by the variants that
+    /// `launch` chooses.
+    pub fn rows_alike(&self, launch: &Launch<'_>, rows: usize) -> Result<bool> {
+        let Some(layer) = self.layers.first() else { return Ok(true) };
+        let gate_up = match &layer.gate_up {
+            ops::gate_up::Weights::Rows { .. } => Layout::Rows,
+            ops::gate_up::Weights::Tiles(_) => Layout::Tiles,
+        };
+        Ok(product::rows_alike(&ops::qkv::OP, launch, layer.qkv.layout, rows)?
+            && product::rows_alike(&ops::gate_up::OP, launch, gate_up, rows)?)
     }
 
     /// Number of decoder layers.

@@ -301,6 +301,22 @@ impl FlowHead {
         Ok(())
     }
 
+    /// The node of a token list that fills the draws: the only one with values of the request in its parameters.
+    pub fn draws_node(&self, launch: &Launch<'_>, b: &FlowBuffers, source: DrawSource) -> Result<Node> {
+        let randn = ops::randn::Args {
+            state: b.state,
+            draws: b.draws,
+            seed: source.seed,
+            base_offset: source.base_offset,
+            draws_per_token: b.draws_per_slot,
+            images: b.images,
+            first_image: source.first_image,
+            token_dim: self.dims.token_dim,
+            round_bf16: source.round_bf16,
+        };
+        ops::randn::node(launch, "flow.randn", &randn)
+    }
+
     /// From the condition to the finished token: embedding, modulations, draws, the chain.
     pub fn record(
         &self,
@@ -333,18 +349,7 @@ impl FlowHead {
         };
         list.push(ops::flow_modulation::node(launch, "flow.modulation", &modulation)?);
         if let Some(source) = draws {
-            let randn = ops::randn::Args {
-                state: b.state,
-                draws: b.draws,
-                seed: source.seed,
-                base_offset: source.base_offset,
-                draws_per_token: b.draws_per_slot,
-                images: b.images,
-                first_image: source.first_image,
-                token_dim: self.dims.token_dim,
-                round_bf16: source.round_bf16,
-            };
-            list.push(ops::randn::node(launch, "flow.randn", &randn)?);
+            list.push(self.draws_node(launch, b, source)?);
         }
         let chain = ops::flow_chain::Args {
             modulation: b.modulation,

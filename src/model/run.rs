@@ -2,18 +2,21 @@
 //!
 //! A [`Run`] is what sessions drive token by token and what `verify` drives stage by stage; both replay the
 //! same nodes. Everything that changes from token to token is in device memory, so no list is ever rebuilt.
+//! Sessions take a run from request to request (`reuse`).
 
+mod reuse;
 mod sources;
 
+pub use reuse::PrefillShape;
 pub(super) use sources::SourceParts;
 
 use super::arena::{Arena, Slot, Stage};
 use super::backbone::{Cache, Rows, rope_table};
-use super::flow_head::{FlowBuffers, FlowTaps};
+use super::flow_head::{DrawSource, FlowBuffers, FlowTaps};
 use super::nextstep::NextStep;
 use super::plan::{Draws, Planned, RunSpec, Slots, TapSlots, plan_memory};
 use super::vae::Decoded;
-use crate::device::{Buffer, Device, Node, NodeList, Span, Stream};
+use crate::device::{Buffer, Device, DeviceInfo, Node, NodeList, Span, Stream};
 use crate::error::{Error, Result};
 use crate::ops::params::{GenerationState, GridBarrier};
 use crate::ops::product::ProductScratch;
@@ -24,14 +27,19 @@ use std::sync::Arc;
 pub struct Run {
     model: Arc<NextStep>,
     stream: Box<dyn Stream>,
-    sm_count: u32,
+    info: DeviceInfo,
     spec: RunSpec,
     selection: Selection,
     arena: Arena,
     slots: Slots,
     cache: Cache,
     splits: usize,
-    _cache_buffers: [Buffer; 2],
+    cache_buffers: [Buffer; 2],
+    /// Sequences that prefill takes, in order: those whose prompts are not in the cache.
+    fresh: Vec<usize>,
+    /// Of every sequence, the prompt whose keys and values are in the cache, and its last row in `prompt_x`, when the
+    /// next generation begins.
+    cached: Vec<Option<Vec<u32>>>,
 }
 
 impl Run {
@@ -61,58 +69,85 @@ impl Run {
         let mut run = Run {
             model,
             stream: device.stream()?,
-            sm_count: info.sm_count,
+            info,
             spec,
             selection,
             arena,
             slots,
             cache,
             splits,
-            _cache_buffers: [keys, values],
+            cache_buffers: [keys, values],
+            fresh: (0..sequences).collect(),
+            cached: vec![None; sequences],
         };
+        let rope = rope_table(&run.spec.frequencies, run.cache.positions, run.model.dtype);
+        run.upload_whole(run.slots.rope, bytemuck::cast_slice(&rope))?;
         run.upload_tables()?;
         Ok(run)
     }
 
+    /// Uploads what fills `slot`.
+    fn upload_whole(&mut self, slot: Slot, bytes: &[u8]) -> Result<()> {
+        let span = self.arena.span(slot);
+        if bytes.len() != span.bytes {
+            return Err(Error::Internal(format!("table of {} bytes for {}", bytes.len(), span.bytes)));
+        }
+        self.stream.upload(span.ptr, bytes)
+    }
+
+    /// Uploads what may leave the end of `slot` unused: prompts are planned for in steps.
+    fn upload_start(&mut self, slot: Slot, values: &[u32]) -> Result<()> {
+        let span = self.arena.span(slot);
+        if size_of_val(values) > span.bytes {
+            return Err(Error::Internal(format!("table of {} rows for {} bytes", values.len(), span.bytes)));
+        }
+        self.stream.upload(span.ptr, bytemuck::cast_slice(values))
+    }
+
+    /// Everything that a generation finds on the device when it begins, but what it keeps from the one before.
     fn upload_tables(&mut self) -> Result<()> {
         let spec = self.spec.clone();
         let sequences = spec.prompts.len();
+        let mut ids = Vec::new();
         let mut row_seq = Vec::new();
         let mut row_pos = Vec::new();
         let mut last_rows = Vec::new();
+        let mut source_rows = Vec::new();
+        let mut first_row = 0;
         for (sequence, prompt) in spec.prompts.iter().enumerate() {
+            let rows = first_row..first_row + prompt.len();
+            first_row = rows.end;
+            if !self.fresh.contains(&sequence) {
+                continue;
+            }
+            ids.extend_from_slice(prompt);
             row_seq.extend(prompt.iter().map(|_| sequence as u32));
             row_pos.extend(0..prompt.len() as u32);
             last_rows.push(row_pos.len() as u32 - 1);
+            source_rows.extend(spec.sources.rows.get(rows).into_iter().flatten());
         }
-        let ids: Vec<u32> = spec.prompts.concat();
         let lengths: Vec<u32> = spec.prompts.iter().map(|p| p.len() as u32).collect();
         let identity: Vec<u32> = (0..sequences as u32).collect();
-        let rope = rope_table(&spec.frequencies, self.cache.positions, self.model.dtype);
         let guidance: Vec<f32> = spec.guidance.concat();
         let (state, barrier) = (GenerationState::default(), GridBarrier::default());
         let s = &self.slots;
-        let uploads: [(Slot, &[u8]); 12] = [
-            (s.ids, bytemuck::cast_slice(&ids)),
-            (s.prefill_seq, bytemuck::cast_slice(&row_seq)),
-            (s.prefill_pos, bytemuck::cast_slice(&row_pos)),
-            (s.last_rows, bytemuck::cast_slice(&last_rows)),
+        let prompts =
+            [(s.ids, ids), (s.prefill_seq, row_seq), (s.prefill_pos, row_pos), (s.last_rows, last_rows)];
+        let tables: [(Slot, &[u8]); 7] = [
             (s.row_seq, bytemuck::cast_slice(&identity)),
             // The first image token goes into the slot after the prompt.
             (s.row_pos, bytemuck::cast_slice(&lengths)),
-            (s.rope, bytemuck::cast_slice(&rope)),
             (s.rope_offset, bytemuck::cast_slice(&spec.rope_offset)),
             (s.steps_table, bytemuck::cast_slice(&spec.steps)),
             (s.guidance, bytemuck::cast_slice(&guidance)),
             (s.state, bytemuck::bytes_of(&state)),
             (s.barrier, bytemuck::bytes_of(&barrier)),
         ];
-        for (slot, bytes) in uploads {
-            let span = self.arena.span(slot);
-            if bytes.len() != span.bytes {
-                return Err(Error::Internal(format!("table of {} bytes for {}", bytes.len(), span.bytes)));
-            }
-            self.stream.upload(span.ptr, bytes)?;
+        for (slot, values) in prompts {
+            self.upload_start(slot, &values)?;
+        }
+        for (slot, bytes) in tables {
+            self.upload_whole(slot, bytes)?;
         }
         if let Draws::Recorded(draws) = &spec.draws {
             let span = self.arena.span(self.slots.draws);
@@ -126,7 +161,7 @@ impl Run {
             self.stream.upload(span.ptr, bytemuck::cast_slice(draws))?;
         }
         let parts = SourceParts::new(&self.model, &self.arena, &self.slots.sources, &self.spec.sources);
-        parts.upload(self.stream.as_mut())?;
+        parts.upload(self.stream.as_mut(), &source_rows)?;
         for zeroed in [self.slots.arrivals, self.slots.product_arrivals, self.slots.exchange] {
             self.stream.fill(self.arena.span(zeroed), 0)?;
         }
@@ -158,7 +193,7 @@ impl Run {
     }
 
     fn launch<'a>(&self, selection: &'a Selection) -> Launch<'a> {
-        Launch { selection, dtype: self.model.dtype, sm_count: self.sm_count, dependent: true }
+        Launch { selection, dtype: self.model.dtype, sm_count: self.info.sm_count, dependent: true }
     }
 
     /// The spec this run was made of.
@@ -196,16 +231,22 @@ impl Run {
         &self.cache
     }
 
+    /// The prompt rows that prefill takes.
     fn prefill_rows(&self) -> Rows {
         let s = &self.slots;
+        let config = &self.model.config;
+        let rows: usize = self.fresh.iter().map(|&sequence| self.spec.prompts[sequence].len()).sum();
+        let element = self.model.dtype.bytes();
+        let q_values = config.num_attention_heads * config.head_dim;
+        let part = |slot: Slot, row_bytes: usize| self.arena.span(slot).slice(0, rows * row_bytes);
         Rows {
-            rows: self.spec.prompts.iter().map(Vec::len).sum(),
-            x: self.arena.span(s.prefill_x),
-            row_seq: self.arena.span(s.prefill_seq),
-            row_pos: self.arena.span(s.prefill_pos),
-            q: self.arena.span(s.prefill_q),
-            context: self.arena.span(s.prefill_context),
-            act: self.arena.span(s.prefill_act),
+            rows,
+            x: part(s.prefill_x, config.hidden_size * size_of::<f32>()),
+            row_seq: part(s.prefill_seq, size_of::<u32>()),
+            row_pos: part(s.prefill_pos, size_of::<u32>()),
+            q: part(s.prefill_q, q_values * element),
+            context: part(s.prefill_context, q_values * element),
+            act: part(s.prefill_act, config.intermediate_size * element),
             split: None,
             scratch: self.scratch(),
         }
@@ -254,28 +295,49 @@ impl Run {
         }
     }
 
-    /// Nodes from prompt ids, and the tokens of encoded pictures, to the residual rows that the first image token is sampled from. Without `embed`
-    /// the residual stream is taken as it stands in memory.
+    /// Nodes from the ids of the prompts that are not in the cache yet, and the tokens of encoded pictures, to the
+    /// residual rows that the first image token is sampled from. Without `embed` the residual stream is taken as it
+    /// stands in memory.
     pub fn record_prefill(&self, embed: bool) -> Result<NodeList> {
         let mut list = NodeList::new();
         let selection = self.stage_selection(Stage::Prefill)?;
         let launch = self.launch(&selection);
         let rows = self.prefill_rows();
-        if embed {
-            let ids = self.arena.span(self.slots.ids);
-            let source = self.source_parts().record_rows(&launch, &mut list, self.scratch())?;
-            self.model.backbone.record_embed(&launch, &mut list, "prefill", ids, source, &rows)?;
+        let hidden = self.model.config.hidden_size;
+        let [last_rows, prompt_x] =
+            [self.slots.last_rows, self.slots.prompt_x].map(|slot| self.arena.span(slot));
+        if rows.rows > 0 {
+            if embed {
+                let ids = self.arena.span(self.slots.ids);
+                let source = self.source_parts().record_rows(&launch, &mut list, self.scratch())?;
+                self.model.backbone.record_embed(&launch, &mut list, "prefill", ids, source, &rows)?;
+            }
+            self.model.backbone.record_layers(&launch, &mut list, "prefill", &rows, &self.cache)?;
         }
-        self.model.backbone.record_layers(&launch, &mut list, "prefill", &rows, &self.cache)?;
+        let row_bytes = hidden * size_of::<f32>();
+        let mut done = 0;
+        for run in self.fresh.chunk_by(|a, b| a + 1 == *b) {
+            let gather = ops::gather_rows::Args {
+                x: rows.x,
+                index: last_rows.slice(done * size_of::<u32>(), run.len() * size_of::<u32>()),
+                y: prompt_x.slice(run[0] * row_bytes, run.len() * row_bytes),
+                rows: run.len(),
+                source_rows: rows.rows,
+                hidden,
+            };
+            list.push(ops::gather_rows::node(&launch, "prefill.gather_rows", &gather)?);
+            done += run.len();
+        }
+        // A copy: decoding writes over the rows that it starts from, and these outlive it.
         let gather = ops::gather_rows::Args {
-            x: rows.x,
-            index: self.arena.span(self.slots.last_rows),
+            x: prompt_x,
+            index: self.arena.span(self.slots.row_seq),
             y: self.arena.span(self.slots.x),
             rows: self.spec.prompts.len(),
-            source_rows: rows.rows,
-            hidden: self.model.config.hidden_size,
+            source_rows: self.spec.prompts.len(),
+            hidden,
         };
-        list.push(ops::gather_rows::node(&launch, "prefill.gather_rows", &gather)?);
+        list.push(ops::gather_rows::node(&launch, "prefill.start_rows", &gather)?);
         Ok(list)
     }
 
@@ -323,17 +385,32 @@ impl Run {
     pub fn record_sample(&self, list: &mut NodeList, forced: bool) -> Result<()> {
         let selection = self.stage_selection(Stage::Decode)?;
         let launch = self.launch(&selection);
+        let mut buffers = self.flow_buffers();
+        if !forced {
+            buffers.taps.forced_x = None;
+        }
+        self.model.flow.record(&launch, list, &buffers, self.draw_source())
+    }
+
+    /// The node of the token lists whose parameters hold the seed; none where the draws are recorded ones.
+    pub fn record_draws(&self) -> Result<Option<Node>> {
+        let selection = self.stage_selection(Stage::Decode)?;
+        let launch = self.launch(&selection);
+        let node = |source| self.model.flow.draws_node(&launch, &self.flow_buffers(), source);
+        self.draw_source().map(node).transpose()
+    }
+
+    fn draw_source(&self) -> Option<DrawSource> {
+        match &self.spec.draws {
+            Draws::Philox(source) => Some(*source),
+            Draws::Recorded(_) => None,
+        }
+    }
+
+    fn flow_buffers(&self) -> FlowBuffers {
         let s = &self.slots;
         let span = |slot: Slot| self.arena.span(slot);
-        let mut taps = self.buffers().taps;
-        if !forced {
-            taps.forced_x = None;
-        }
-        let (draw_slots, source) = match &self.spec.draws {
-            Draws::Philox(source) => (1, Some(*source)),
-            Draws::Recorded(_) => (self.spec.tokens_total(), None),
-        };
-        let buffers = FlowBuffers {
+        FlowBuffers {
             steps: self.spec.steps.len(),
             images: self.spec.images,
             branches: self.spec.branches,
@@ -346,7 +423,7 @@ impl Run {
             guidance: span(s.guidance),
             draws: span(s.draws),
             draws_per_slot: self.spec.draws_per_token,
-            draw_slots,
+            draw_slots: if self.draw_source().is_some() { 1 } else { self.spec.tokens_total() },
             state: span(s.state),
             barrier: span(s.barrier),
             exchange: span(s.exchange),
@@ -358,9 +435,8 @@ impl Run {
             use_norm: self.spec.use_norm,
             rescale: self.spec.rescale,
             scratch: self.scratch(),
-            taps,
-        };
-        self.model.flow.record(&launch, list, &buffers, source)
+            taps: self.buffers().taps,
+        }
     }
 
     /// Nodes that feed the token through the transformer and move on to the next.
@@ -455,7 +531,7 @@ impl Run {
 pub(super) fn stage_selection(model: &NextStep, chosen: &Selection, stage: Stage) -> Result<Selection> {
     let form = match stage {
         Stage::Prefill => Form::Many,
-        Stage::Decode | Stage::Image => Form::Few,
+        Stage::Decode | Stage::Image | Stage::Idle => Form::Few,
     };
     let config = &model.config;
     let heads = (config.num_attention_heads, config.num_key_value_heads);

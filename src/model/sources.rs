@@ -92,6 +92,14 @@ impl Sources {
         Ok(Sources { pictures, places, rows })
     }
 
+    /// Whether the same lists encode the pictures of both: only pixels and draws differ.
+    pub(super) fn encode_like(&self, other: &Sources) -> bool {
+        let size = |picture: &RgbImage| (picture.width(), picture.height());
+        let shape = |place: &Place| (place.picture, place.draw.len(), place.first_token, place.tokens);
+        self.pictures.iter().map(size).eq(other.pictures.iter().map(size))
+            && self.places.iter().map(shape).eq(other.places.iter().map(shape))
+    }
+
     /// Image tokens of all places.
     pub fn tokens(&self) -> usize {
         self.places.iter().map(|place| place.tokens).sum()

@@ -148,7 +148,7 @@ fn plan_memory(model: &NextStep, info: &DeviceInfo, spec: &TextSpec) -> Result<P
             }),
         },
     };
-    slots.sources = plan_sources(model, &spec.sources, &mut layout)?;
+    slots.sources = plan_sources(model, &spec.sources, rows, &mut layout)?;
     Ok(Planned { layout, slots, capacity, splits, cache_bytes })
 }
 
@@ -248,7 +248,7 @@ impl TextRun {
             self.stream.fill(self.arena.span(counters), 0)?;
         }
         let parts = SourceParts::new(&self.model, &self.arena, &self.slots.sources, &self.spec.sources);
-        parts.upload(self.stream.as_mut())
+        parts.upload(self.stream.as_mut(), &self.spec.sources.rows)
     }
 
     fn launch<'a>(&self, selection: &'a Selection) -> Launch<'a> {

@@ -99,6 +99,34 @@ pub(super) struct Shape {
     pub units: usize,
 }
 
+/// The variant of `op` chosen by name, else the default for the layout and the rows.
+fn chosen_variant(op: &'static Op, launch: &Launch, layout: Layout, rows: usize) -> Result<&'static Variant> {
+    let many = match launch.selection.form() {
+        Some(form) => form == Form::Many,
+        None => rows > shared::ROW_GROUP,
+    };
+    let default = match (layout, many) {
+        (Layout::Tiles, false) => "stream",
+        (Layout::Tiles, true) => "mma",
+        (Layout::Rows, true) if op.variant("tile").is_ok() => "tile",
+        (Layout::Rows, _) => "plain",
+    };
+    launch.selection.variant(op, default)
+}
+
+/// Whether `op`, which has a norm fused, gives each of `rows` rows the bits that it gives it in any other number of
+/// rows. In `plain` and `tile` fewer than eight rows in a block share its warps (`prepare` in `gemv.cuh`), which sum
+/// the squares of a row in another order then.
+pub fn rows_alike(op: &'static Op, launch: &Launch, layout: Layout, rows: usize) -> Result<bool> {
+    let block_rows = match chosen_variant(op, launch, layout, rows)?.name {
+        "plain" => shared::ROW_GROUP,
+        "tile" => shared::TILE_ROWS,
+        _ => return Ok(true),
+    };
+    let last = rows % block_rows;
+    Ok(last == 0 || last >= shared::ROW_GROUP)
+}
+
 /// A product about to be launched: its variant, checked against shape and layout.
 pub(super) struct Product {
     pub variant: &'static Variant,
@@ -118,17 +146,7 @@ impl Product {
         shape: Shape,
         scratch: Option<ProductScratch>,
     ) -> Result<Product> {
-        let many = match launch.selection.form() {
-            Some(form) => form == Form::Many,
-            None => shape.rows > shared::ROW_GROUP,
-        };
-        let default = match (layout, many) {
-            (Layout::Tiles, false) => "stream",
-            (Layout::Tiles, true) => "mma",
-            (Layout::Rows, true) if op.variant("tile").is_ok() => "tile",
-            (Layout::Rows, _) => "plain",
-        };
-        let variant = launch.selection.variant(op, default)?;
+        let variant = chosen_variant(op, launch, layout, shape.rows)?;
         let checks = Checks::new(op.name, variant.name);
         if Layout::of_variant(variant.name) != layout {
             let [wanted, given] = [Layout::of_variant(variant.name), layout].map(|l| match l {
@@ -357,6 +375,31 @@ mod tests {
 
     fn refusal(chosen: Option<&str>, dtype: DType, args: &project::Args) -> String {
         node(chosen, dtype, args).unwrap_err().to_string()
+    }
+
+    #[test]
+    fn rows_are_alike_where_no_block_has_fewer_than_eight() {
+        let alike = |chosen: Option<&str>, layout, form, rows| {
+            let selection = match chosen {
+                Some(variant) => Selection::one(&super::super::qkv::OP, variant).unwrap(),
+                None => Selection::default(),
+            };
+            let selection = selection.for_products(form);
+            let launch = Launch { selection: &selection, dtype: DType::F32, sm_count: 132, dependent: true };
+            rows_alike(&super::super::qkv::OP, &launch, layout, rows).unwrap()
+        };
+        for rows in 0..200 {
+            assert!(
+                alike(None, Layout::Tiles, Form::Many, rows) && alike(None, Layout::Tiles, Form::Few, rows)
+            );
+            let tile = !(1..8).contains(&(rows % 64));
+            assert_eq!(alike(None, Layout::Rows, Form::Many, rows), tile, "{rows}");
+            assert_eq!(
+                alike(Some("plain"), Layout::Rows, Form::Many, rows),
+                rows.is_multiple_of(8),
+                "{rows}"
+            );
+        }
     }
 
     #[test]

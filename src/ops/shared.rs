@@ -13,7 +13,7 @@ const STAGE_BYTES: usize = 96 * 1024;
 /// Warps, and so units at a time, of a block in `gemv.cuh`.
 const WARPS: usize = 8;
 /// Rows of a tile in `gemm_tile.cuh`.
-const TILE_ROWS: usize = 64;
+pub const TILE_ROWS: usize = 64;
 /// Units (pairs of weight rows) of a tile in `gemm_tile.cuh`.
 const TILE_UNITS: usize = 32;
 

@@ -215,6 +215,18 @@ EXPORT int cuMemsetD8Async(uint64_t dst, unsigned char value, size_t bytes, Stre
     return call.code;
 }
 
+EXPORT int cuMemsetD2D8Async(uint64_t dst, size_t pitch, unsigned char value, size_t bytes, size_t rows,
+                             Stream* stream) {
+    Call call("cuMemsetD2D8Async");
+    call.s.note(" pitch=%zu bytes=%zu rows=%zu", pitch, bytes, rows);
+    if (pitch < bytes || rows == 0) call.bad("pitch");
+    for (size_t row = 0; row < rows; row++) {
+        if (!call.live(stream, "stream") || call.code != kSuccess || !call.inside(dst + row * pitch, bytes)) break;
+        stream->ops.push_back({Op::kFill, (void*)(dst + row * pitch), nullptr, bytes, value, 0});
+    }
+    return call.code;
+}
+
 EXPORT int cuStreamCreate(Stream** stream, unsigned) {
     Call call("cuStreamCreate");
     return call.make(stream, "stream", new Stream);
@@ -405,13 +417,27 @@ EXPORT int cuGraphKernelNodeSetAttribute(NodeState* node, unsigned id, const uns
 
 struct Exec {
     int number;
+    GraphState* graph;
 };
 
 EXPORT int cuGraphInstantiateWithParams(Exec** exec, GraphState* graph, void*) {
     Call call("cuGraphInstantiateWithParams");
     if (!call.live(graph, "graph")) return call.code;
     call.s.note(" nodes=%zu exec=%d", graph->nodes.size(), call.s.graphs_made);
-    return call.make(exec, "executable graph", new Exec{call.s.graphs_made++});
+    return call.make(exec, "executable graph", new Exec{call.s.graphs_made++, graph});
+}
+
+// The node names one of the executable's only as long as it and its graph live.
+EXPORT int cuGraphExecNodeSetParams(Exec* exec, NodeState* node, NodeParams* params) {
+    Call call("cuGraphExecNodeSetParams");
+    if (!call.live(exec, "executable graph") || !call.live(node, "node") || !call.live(params->function, "function") ||
+        call.code != kSuccess)
+        return call.code;
+    if (node->graph != exec->graph) call.bad("a node of another graph");
+    call.s.note(" exec=%d index=%d", exec->number, node->index);
+    geometry(call, params->function, params->grid, params->block, params->shared_bytes);
+    parameters(call, params->function, params->arguments);
+    return call.code;
 }
 
 EXPORT int cuGraphExecDestroy(Exec* exec) {

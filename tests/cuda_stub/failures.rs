@@ -28,8 +28,16 @@ fn expected(call: &str, next: &str, code: i32) -> Option<&'static str> {
     if frees(call) || cleaning || call == "cuMemGetInfo_v2" {
         return None;
     }
-    let launches =
-        ["cuModule", "cuFunc", "cuLaunch", "cuGraphAdd", "cuGraphKernel", "cuGraphInst", "cuGraphLaunch"];
+    let launches = [
+        "cuModule",
+        "cuFunc",
+        "cuLaunch",
+        "cuGraphAdd",
+        "cuGraphKernel",
+        "cuGraphInst",
+        "cuGraphExecNode",
+        "cuGraphLaunch",
+    ];
     Some(match code {
         OUT_OF_MEMORY => "memory",
         ILLEGAL_ADDRESS => "lost",

@@ -120,6 +120,7 @@ fn the_driver_receives_what_the_emulated_device_receives() {
                 check_graph(&mut lines, list, ours, theirs);
                 nodes.push(list.len());
             }
+            Work::SetParams => panic!("the first request changes no parameters"),
             Work::Replay(number) => {
                 let line = lines.next().unwrap();
                 assert!(line.starts_with("cuGraphLaunch "), "{line}");
@@ -133,6 +134,66 @@ fn the_driver_receives_what_the_emulated_device_receives() {
     let tokens = COLUMNS * ROWS;
     assert_eq!(replays, [vec![3], vec![0; tokens - 1], vec![1, 2]].concat());
     assert!(nodes[0] > nodes[1] && nodes[1] > 4, "nodes per list: {nodes:?}");
+    assert_eq!(stub.live(), "");
+}
+
+/// A second request with other words and another seed: no memory, no stream, no graph but the prompt's, and none at
+/// all where the prompts are the same. What changes is uploaded, or the parameters of one node.
+#[test]
+fn a_second_request_makes_nothing_new() {
+    let stub = Stub::new();
+    let device = Arc::new(stub.open().unwrap());
+    let engine = Arc::new(Engine::load(&ModelSource::Demo, device, EngineOptions::default()).unwrap());
+    let mut session = engine.session();
+    let mut request = engine.request("a red circle on a blue background").unwrap();
+    (request.width, request.height) = (16 * COLUMNS as u32, 16 * ROWS as u32);
+    (request.sampler.steps, request.seed) = (2, 5);
+    let mut draw = |request: &_| {
+        stub.take_log();
+        session.generate(request, &CancelToken::new(), &mut |_| Control::Continue).unwrap();
+        stub.take_log()
+    };
+    let count = |log: &[String], call: &str| log.iter().filter(|line| line.starts_with(call)).count();
+    let first = draw(&request);
+    assert_eq!((count(&first, "cuMemAlloc"), count(&first, "cuGraphInstantiate")), (3, 4));
+    assert_eq!(count(&first, "cuGraphExecNodeSetParams "), 0);
+    let makes =
+        ["cuMemAlloc", "cuStreamCreate", "cuGraphCreate", "cuGraphAdd", "cuGraphInst", "cuModule", "cuFunc"];
+    let frees = ["cuMemFree", "cuGraphDestroy", "cuGraphExecDestroy", "cuStreamDestroy"];
+    let new = |line: &String| makes.iter().chain(&frees).any(|call| line.starts_with(call));
+    // All is in the cache: what is left of prefill is one node.
+    request.seed = 6;
+    let second = draw(&request);
+    let made: Vec<&String> = second.iter().filter(|line| new(line)).collect();
+    let prefill =
+        |line: &&String| line.contains("Graph") || line.contains("cuModule") || line.contains("cuFunc");
+    assert!(made.iter().all(prefill), "{made:?}");
+    assert_eq!((count(&second, "cuGraphAddNode"), count(&second, "cuGraphInstantiate")), (1, 1));
+    for seed in [6, 7] {
+        request.seed = seed;
+        let third = draw(&request);
+        let made: Vec<&String> = third.iter().filter(|line| new(line)).collect();
+        assert!(made.is_empty(), "{made:?}");
+        assert_eq!(count(&third, "cuGraphLaunch "), 1 + COLUMNS * ROWS + 1);
+        let changed: Vec<&String> =
+            third.iter().filter(|line| line.starts_with("cuGraphExecNodeSetParams ")).collect();
+        assert_eq!(changed.len(), 2, "the draws of the token and of the last token");
+        for (line, list) in changed.iter().zip(["0", "1"]) {
+            assert_eq!(field(line, "exec"), Some(list));
+            assert!(field(line, "symbol").unwrap().starts_with("randn"), "{line}");
+            let params = field(line, "params").unwrap();
+            // Two addresses, then the seed.
+            assert_eq!(&params[32..48], format!("{:016x}", u64::swap_bytes(seed)), "{line}");
+        }
+    }
+    // Another caption: its rows are prefilled, by a graph of their own.
+    request.prompt = "two green squares".into();
+    let other = draw(&request);
+    assert_eq!((count(&other, "cuMemAlloc"), count(&other, "cuGraphInstantiate")), (0, 1));
+    assert_eq!(count(&draw(&request), "cuGraphInstantiate"), 1);
+    assert_eq!(count(&draw(&request), "cuGraphInstantiate"), 0);
+    drop((session, engine));
+    stub.take_log();
     assert_eq!(stub.live(), "");
 }
 

@@ -21,6 +21,8 @@ pub enum Work {
     Instantiate(Arc<NodeList>),
     /// Of the executable of this number.
     Replay(usize),
+    /// Of a node of an executable.
+    SetParams,
 }
 
 pub struct Recorder {
@@ -35,6 +37,7 @@ struct RecordingStream {
 
 struct Numbered {
     inner: Box<dyn Executable>,
+    record: Arc<Mutex<Record>>,
     number: usize,
 }
 
@@ -65,6 +68,11 @@ impl Device for Recorder {
 }
 
 impl Executable for Numbered {
+    fn set_params(&mut self, index: usize, node: &Node) -> Result<()> {
+        self.record.lock().unwrap().work.push(Work::SetParams);
+        self.inner.set_params(index, node)
+    }
+
     fn as_any(&self) -> &dyn Any {
         self
     }
@@ -83,6 +91,10 @@ impl Stream for RecordingStream {
         self.inner.fill(span, byte)
     }
 
+    fn fill_rows(&mut self, first: Span, pitch_bytes: usize, rows: usize, byte: u8) -> Result<()> {
+        self.inner.fill_rows(first, pitch_bytes, rows, byte)
+    }
+
     fn launch(&mut self, node: &Node) -> Result<()> {
         self.record.lock().unwrap().work.push(Work::Launch(Box::new(node.clone())));
         self.inner.launch(node)
@@ -93,11 +105,12 @@ impl Stream for RecordingStream {
         let mut record = self.record.lock().unwrap();
         record.work.push(Work::Instantiate(list));
         record.executables += 1;
-        Ok(Box::new(Numbered { inner, number: record.executables - 1 }))
+        let number = record.executables - 1;
+        Ok(Box::new(Numbered { inner, record: self.record.clone(), number }))
     }
 
     fn replay(&mut self, executable: &dyn Executable) -> Result<()> {
-        let Numbered { inner, number } = executable.as_any().downcast_ref().unwrap();
+        let Numbered { inner, number, .. } = executable.as_any().downcast_ref().unwrap();
         self.record.lock().unwrap().work.push(Work::Replay(*number));
         self.inner.replay(inner.as_ref())
     }

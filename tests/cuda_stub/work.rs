@@ -38,9 +38,14 @@ pub fn work(device: &CudaDevice) -> Result<()> {
     list.push(node("first", Geometry::linear(4, 32), &a, &b));
     list.push(node("second", Geometry { dependent: true, ..Geometry::linear(4, 32) }, &b, &a));
     list.push(node("third", wide, &a, &b));
-    let executable = stream.instantiate(Arc::new(list))?;
+    let mut executable = stream.instantiate(Arc::new(list))?;
     stream.replay(executable.as_ref())?;
+    let mut changed = node("third", wide, &a, &b);
+    changed.params = ParamBytes::of(&[a.ptr().0, b.ptr().0, 1, 2, 3]);
+    executable.set_params(2, &changed)?;
     stream.replay(executable.as_ref())?;
+    // Three rows of 5 bytes, 100 apart.
+    stream.fill_rows(b.span().slice(10, 5), 100, 3, 9)?;
     let before = stream.record_timed()?;
     let event = stream.record()?;
     let mut polls = 0;
@@ -57,7 +62,9 @@ pub fn work(device: &CudaDevice) -> Result<()> {
     stream.download(a.ptr(), &mut back)?;
     let mut filled = [0; 1024];
     stream.download(b.ptr(), &mut filled)?;
-    let right = back == *bytes && filled == [7; 1024] && (1..100).contains(&polls) && elapsed == 2.0;
+    let mut expected = [7; 1024];
+    [10, 110, 210].into_iter().for_each(|at| expected[at..at + 5].fill(9));
+    let right = back == *bytes && filled == expected && (1..100).contains(&polls) && elapsed == 2.0;
     if right { Ok(()) } else { Err(Error::Internal(format!("wrong bytes, {polls} polls, {elapsed} ms"))) }
 }
 
@@ -116,6 +123,32 @@ fn poisoned_memory_is_nan_and_empty_requests_are_nothing() {
     let nothing = stream.instantiate(Arc::new(NodeList::new())).unwrap();
     stream.replay(nothing.as_ref()).unwrap();
     stub.take_log();
+}
+
+#[test]
+fn only_parameters_of_a_graph_change() {
+    let stub = Stub::new();
+    let device = stub.open().unwrap();
+    let a = device.alloc(1024, "a").unwrap();
+    let mut stream = device.stream().unwrap();
+    let mut list = NodeList::new();
+    list.push(node("n", Geometry::linear(1, 32), &a, &a));
+    let mut executable = stream.instantiate(Arc::new(list)).unwrap();
+    let mut empty = stream.instantiate(Arc::new(NodeList::new())).unwrap();
+    stub.take_log();
+    let mut changed = node("n", Geometry::linear(1, 32), &a, &a);
+    changed.params = ParamBytes::of(&[a.ptr().0, a.ptr().0, 0, 0, 0xabcd]);
+    executable.set_params(0, &changed).unwrap();
+    let log = stub.take_log();
+    let calls: Vec<&String> = log.iter().filter(|line| !line.starts_with("cuCtx")).collect();
+    let [line] = calls[..] else { panic!("{log:?}") };
+    assert!(line.starts_with("cuGraphExecNodeSetParams exec=0 index=0 symbol=emu_add_one"), "{line}");
+    assert!(line.ends_with("cdab000000000000"), "{line}");
+    assert!(matches!(executable.set_params(1, &changed), Err(Error::Internal(_))));
+    let wider = node("n", Geometry::linear(2, 32), &a, &a);
+    assert!(matches!(executable.set_params(0, &wider), Err(Error::Internal(_))));
+    assert!(matches!(empty.set_params(0, &changed), Err(Error::Internal(_))));
+    assert!(stub.take_log().is_empty(), "the driver was asked");
 }
 
 #[test]

@@ -252,7 +252,7 @@ impl Options {
                 progress.suspend(|| eprintln!("prompt {} of {count}: {}", number + 1, job.prompt.text));
             }
             job.request.images = edit.as_ref().map(|edit| edit.images.clone()).unwrap_or_default();
-            let thought = job.prompt.about(self.think.apply(&engine, &mut job.request))?;
+            let thought = job.prompt.about(self.think.apply(&engine, &mut session, &mut job.request))?;
             let made = self.make(&engine, &mut session, &job, thought.as_ref(), &progress);
             job.prompt.about(made)?;
         }
@@ -338,9 +338,12 @@ impl Options {
         progress.suspend(|| {
             files.iter().for_each(|file| eprintln!("wrote {}", file.display()));
             eprintln!(
-                "encode {:.0} ms, prefill {:.0} ms, {} tokens in {:.0} ms ({:.1} tokens/s), VAE {:.0} ms, total {:.2} s",
+                "encode {:.0} ms, prefill {:.0} ms ({} tokens, {} kept), {} tokens in {:.0} ms ({:.1} tokens/s), \
+                 VAE {:.0} ms, total {:.2} s",
                 t.vae_encode_ms,
                 t.prefill_ms,
+                result.reuse.prefilled_tokens,
+                result.reuse.kept_tokens,
                 plan.image_tokens,
                 t.decode_ms,
                 plan.image_tokens as f64 / (t.decode_ms / 1e3).max(1e-9),
@@ -350,7 +353,7 @@ impl Options {
         });
         if self.json {
             let value = serde_json::json!({
-                "files": files, "request": request, "plan": result.plan, "timings": t,
+                "files": files, "request": request, "plan": result.plan, "timings": t, "reuse": result.reuse,
                 "device": engine.device_info().name, "thought": thought,
             });
             println!("{value}");

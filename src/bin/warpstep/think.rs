@@ -4,11 +4,11 @@ use anyhow::Result;
 use clap::Args;
 use serde::Serialize;
 use std::io::Write;
-use std::sync::Arc;
 use warpstep::Error;
 use warpstep::engine::Engine;
 use warpstep::event::{CancelToken, Control, Event};
 use warpstep::request::GenerateRequest;
+use warpstep::session::Session;
 use warpstep::text::{Opening, RandomSampling, TextEnd, TextRequest, TextSampling};
 
 /// What the model writes before it draws.
@@ -99,7 +99,12 @@ impl ThinkArgs {
 
     /// Lets the model write to the caption of `picture`, shows it, and makes it the caption to draw; `None` where it
     /// was not asked to.
-    pub fn apply(&self, engine: &Arc<Engine>, picture: &mut GenerateRequest) -> Result<Option<Thought>> {
+    pub fn apply(
+        &self,
+        engine: &Engine,
+        session: &mut Session,
+        picture: &mut GenerateRequest,
+    ) -> Result<Option<Thought>> {
         let Some(opening) = self.opening() else { return Ok(None) };
         // A request that will be refused is refused before anything is written.
         engine.plan(picture)?;
@@ -114,7 +119,7 @@ impl ThinkArgs {
         }
         let [begin, end] = opening.marks();
         eprint!("{begin}");
-        let made = engine.session().complete(&request, &CancelToken::new(), &mut |event| {
+        let made = session.complete(&request, &CancelToken::new(), &mut |event| {
             if let Event::Text { piece, .. } = event {
                 // Only shown: a closed stderr does not stop the picture.
                 let _ = write!(std::io::stderr(), "{piece}");

@@ -38,44 +38,56 @@ pub(super) fn attributes(geometry: &Geometry, dependent: bool) -> ([LaunchAttrib
 /// An executable graph, bound to the stream that made it.
 pub(super) struct CudaExecutable {
     /// None for an empty list, of which the driver would make a graph that does nothing.
-    handle: Option<GraphExec>,
+    exec: Option<Exec>,
+    list: Arc<NodeList>,
     stream: StreamHandle,
     shared: Arc<Shared>,
 }
 
-/// A graph under construction; destroyed when the executable has been made of it, or could not be.
-struct Template<'a> {
-    graph: Graph,
-    shared: &'a Shared,
+struct Exec {
+    handle: GraphExec,
+    /// What it was made of: its nodes are the names of the executable's, as long as they live.
+    template: Template,
 }
 
-impl Drop for Template<'_> {
+/// A graph of kernel nodes. Dropped where the context is current.
+struct Template {
+    graph: Graph,
+    /// In the order of the list.
+    nodes: Vec<GraphNode>,
+    shared: Arc<Shared>,
+}
+
+impl Drop for Template {
     fn drop(&mut self) {
-        // SAFETY: made in `CudaExecutable::new` and destroyed once; an executable graph does not refer to it.
+        // SAFETY: made in `CudaExecutable::new` and destroyed once, with its nodes.
         let _ = unsafe { self.shared.driver.cuGraphDestroy(self.graph) };
     }
 }
 
 impl CudaExecutable {
     /// Builds, instantiates and uploads the graph. The context must be current.
-    pub fn new(shared: Arc<Shared>, stream: StreamHandle, list: &NodeList) -> Result<CudaExecutable> {
+    pub fn new(shared: Arc<Shared>, stream: StreamHandle, list: Arc<NodeList>) -> Result<CudaExecutable> {
         if list.is_empty() {
-            return Ok(CudaExecutable { handle: None, stream, shared });
+            return Ok(CudaExecutable { exec: None, list, stream, shared });
         }
         let driver = &shared.driver;
         let mut graph = Graph::NULL;
         // SAFETY: a place for the answer.
         shared.check(unsafe { driver.cuGraphCreate(&mut graph, 0) })?;
-        let template = Template { graph, shared: &shared };
-        let mut made: Vec<GraphNode> = Vec::with_capacity(list.len());
+        let nodes = Vec::with_capacity(list.len());
+        let mut template = Template { graph, nodes, shared: shared.clone() };
         for (index, node) in list.nodes().iter().enumerate() {
             let before = list.deps(index).iter().map(|&dep| {
-                made.get(dep)
+                template
+                    .nodes
+                    .get(dep)
                     .copied()
                     .ok_or_else(|| Error::Internal(format!("{node:?} depends on a later node")))
             });
             let before = before.collect::<Result<Vec<_>>>()?;
-            made.push(template.add(node, &before)?);
+            let made = template.add(node, &before)?;
+            template.nodes.push(made);
         }
         let mut params = InstantiateParams {
             flags: INSTANTIATE_UPLOAD,
@@ -86,16 +98,15 @@ impl CudaExecutable {
         let mut handle = GraphExec::NULL;
         // SAFETY: a graph of this context, and places for the answers.
         let status = unsafe { driver.cuGraphInstantiateWithParams(&mut handle, graph, &mut params) };
-        let culprit = made.iter().position(|&node| node == params.error_node);
+        let culprit = template.nodes.iter().position(|&node| node == params.error_node);
         let culprit = culprit.and_then(|index| list.nodes().get(index));
         let name = culprit.map_or_else(|| "a graph".into(), |node| format!("{node:?}"));
         shared.check_launch(status, &name)?;
-        drop(template);
-        Ok(CudaExecutable { handle: Some(handle), stream, shared })
+        Ok(CudaExecutable { exec: Some(Exec { handle, template }), list, stream, shared })
     }
 
     pub fn handle(&self) -> Option<GraphExec> {
-        self.handle
+        self.exec.as_ref().map(|exec| exec.handle)
     }
 
     pub fn stream(&self) -> StreamHandle {
@@ -107,44 +118,53 @@ impl CudaExecutable {
     }
 }
 
-impl Template<'_> {
+/// Calls `use_params` with what the driver wants to know of `node`, which it copies before it returns.
+fn with_params<T>(
+    shared: &Shared,
+    node: &Node,
+    use_params: impl FnOnce(&mut KernelNodeParams) -> T,
+) -> Result<T> {
+    let geometry = &node.geometry;
+    let function = lock(&shared.modules).function(shared, node)?;
+    let mut arguments = [node.params.as_slice().as_ptr().cast_mut().cast()];
+    Ok(use_params(&mut KernelNodeParams {
+        kind: 0,
+        reserved0: [0; 3],
+        function,
+        grid: geometry.grid,
+        block: geometry.block,
+        shared_bytes: geometry.shared_bytes,
+        arguments: arguments.as_mut_ptr(),
+        extra: std::ptr::null_mut(),
+        kernel: std::ptr::null_mut(),
+        context: Context::NULL,
+        rest: [0; 20],
+        reserved2: 0,
+    }))
+}
+
+impl Template {
     /// Adds `node` after the nodes `before`.
     fn add(&self, node: &Node, before: &[GraphNode]) -> Result<GraphNode> {
-        let shared = self.shared;
+        let shared = &self.shared;
         let _range = nvtx::range(|| &node.label);
         let geometry = &node.geometry;
-        let function = lock(&shared.modules).function(shared, node)?;
-        let mut arguments = [node.params.as_slice().as_ptr().cast_mut().cast()];
-        let mut params = KernelNodeParams {
-            kind: 0,
-            reserved0: [0; 3],
-            function,
-            grid: geometry.grid,
-            block: geometry.block,
-            shared_bytes: geometry.shared_bytes,
-            arguments: arguments.as_mut_ptr(),
-            extra: std::ptr::null_mut(),
-            kernel: std::ptr::null_mut(),
-            context: Context::NULL,
-            rest: [0; 20],
-            reserved2: 0,
-        };
         let dependent = geometry.dependent && shared.options.dependent_launch;
         let edge = if dependent { EdgeData::PROGRAMMATIC } else { EdgeData::FULL };
         let edges = vec![edge; before.len()];
         let mut handle = GraphNode::NULL;
         // SAFETY: `function` takes one struct of exactly these bytes, which the driver copies before it returns;
         // `before` are nodes of this graph, with as many edges.
-        let status = unsafe {
+        let status = with_params(shared, node, |params| unsafe {
             shared.driver.cuGraphAddNode_v2(
                 &mut handle,
                 self.graph,
                 before.as_ptr(),
                 edges.as_ptr(),
                 before.len(),
-                &mut params,
+                params,
             )
-        };
+        })?;
         shared.check_launch(status, node.kernel.symbol)?;
         let (list, count) = attributes(geometry, false);
         for attribute in list.iter().take(count as usize) {
@@ -159,6 +179,21 @@ impl Template<'_> {
 }
 
 impl Executable for CudaExecutable {
+    fn set_params(&mut self, index: usize, node: &Node) -> Result<()> {
+        let (shared, count) = (&self.shared, self.list.len());
+        let missing = || Error::Internal(format!("parameters for node {index} of {count}"));
+        self.list.nodes().get(index).ok_or_else(missing)?.check_same_launch(node)?;
+        let Exec { handle, template } = self.exec.as_ref().ok_or_else(missing)?;
+        let made = *template.nodes.get(index).ok_or_else(missing)?;
+        let _entered = shared.enter()?;
+        // SAFETY: an executable graph and a node of the graph that it was made of, which is alive; `function` takes
+        // one struct of exactly these bytes, which the driver copies before it returns.
+        let status = with_params(shared, node, |params| unsafe {
+            shared.driver.cuGraphExecNodeSetParams(*handle, made, params)
+        })?;
+        shared.check_launch(status, node.kernel.symbol)
+    }
+
     fn as_any(&self) -> &dyn Any {
         self
     }
@@ -166,9 +201,10 @@ impl Executable for CudaExecutable {
 
 impl Drop for CudaExecutable {
     fn drop(&mut self) {
-        let Some(handle) = self.handle else { return };
+        let Some(Exec { handle, template }) = self.exec.take() else { return };
         let _entered = self.shared.enter_anyway();
         // SAFETY: made in `new` and destroyed once; the driver lets a running replay end first.
         let _ = unsafe { self.shared.driver.cuGraphExecDestroy(handle) };
+        drop(template);
     }
 }

@@ -84,6 +84,19 @@ impl Stream for CudaStream {
         shared.check(status)
     }
 
+    fn fill_rows(&mut self, first: Span, pitch_bytes: usize, rows: usize, byte: u8) -> Result<()> {
+        if first.bytes == 0 || rows == 0 {
+            return Ok(());
+        }
+        let shared = &self.shared;
+        let _entered = shared.enter()?;
+        // SAFETY: the driver checks the range against its allocations.
+        let status = unsafe {
+            shared.driver.cuMemsetD2D8Async(first.ptr.0, pitch_bytes, byte, first.bytes, rows, self.handle)
+        };
+        shared.check(status)
+    }
+
     fn launch(&mut self, node: &Node) -> Result<()> {
         let shared = &self.shared;
         let _range = nvtx::range(|| &node.label);
@@ -112,7 +125,7 @@ impl Stream for CudaStream {
 
     fn instantiate(&mut self, list: Arc<NodeList>) -> Result<Box<dyn Executable>> {
         let _entered = self.shared.enter()?;
-        Ok(Box::new(CudaExecutable::new(self.shared.clone(), self.handle, &list)?))
+        Ok(Box::new(CudaExecutable::new(self.shared.clone(), self.handle, list)?))
     }
 
     fn replay(&mut self, executable: &dyn Executable) -> Result<()> {

@@ -280,6 +280,14 @@ functions! {
     cuMemcpyHtoDAsync_v2(dst: u64, src: *const c_void, bytes: usize, stream: StreamHandle);
     cuMemcpyDtoHAsync_v2(dst: *mut c_void, src: u64, bytes: usize, stream: StreamHandle);
     cuMemsetD8Async(dst: u64, value: u8, bytes: usize, stream: StreamHandle);
+    cuMemsetD2D8Async(
+        dst: u64,
+        pitch: usize,
+        value: u8,
+        bytes: usize,
+        rows: usize,
+        stream: StreamHandle,
+    );
     cuStreamCreate(stream: *mut StreamHandle, flags: c_uint);
     cuStreamDestroy_v2(stream: StreamHandle);
     cuStreamSynchronize(stream: StreamHandle);
@@ -312,6 +320,7 @@ functions! {
     );
     cuGraphKernelNodeSetAttribute(node: GraphNode, attribute: c_uint, value: *const LaunchAttributeValue);
     cuGraphInstantiateWithParams(exec: *mut GraphExec, graph: Graph, params: *mut InstantiateParams);
+    cuGraphExecNodeSetParams(exec: GraphExec, node: GraphNode, params: *mut KernelNodeParams);
     cuGraphExecDestroy(exec: GraphExec);
     cuGraphLaunch(exec: GraphExec, stream: StreamHandle);
 }

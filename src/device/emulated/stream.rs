@@ -18,6 +18,7 @@ pub(super) struct EmulatedStream {
 
 /// The list itself, with its kernels looked up.
 struct Replayable {
+    shared: Arc<Shared>,
     list: Arc<NodeList>,
     kernels: Vec<Kernel>,
     /// For every dependent node, what the other nodes write.
@@ -25,6 +26,12 @@ struct Replayable {
 }
 
 impl Executable for Replayable {
+    fn set_params(&mut self, index: usize, node: &Node) -> Result<()> {
+        self.shared.begin("set_params")?;
+        // Whoever recorded the list keeps it as it was.
+        Arc::make_mut(&mut self.list).set_params(index, node)
+    }
+
     fn as_any(&self) -> &dyn Any {
         self
     }
@@ -179,11 +186,11 @@ impl Stream for EmulatedStream {
                 },
             )
             .collect();
-        Ok(Box::new(Replayable { list, kernels, foreign }))
+        Ok(Box::new(Replayable { shared: self.shared.clone(), list, kernels, foreign }))
     }
 
     fn replay(&mut self, executable: &dyn Executable) -> Result<()> {
-        let Some(Replayable { list, kernels, foreign }) = executable.as_any().downcast_ref() else {
+        let Some(Replayable { list, kernels, foreign, .. }) = executable.as_any().downcast_ref() else {
             return Err(Error::Device("replay of an executable that another device made".into()));
         };
         self.shared.begin("replay")?;

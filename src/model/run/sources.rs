@@ -3,6 +3,7 @@
 use super::{Run, stage_selection};
 use crate::device::{NodeList, Span, Stream};
 use crate::error::{Error, Result};
+use crate::image::RgbImage;
 use crate::model::arena::{Arena, Stage};
 use crate::model::nextstep::NextStep;
 use crate::model::plan::SourceSlots;
@@ -38,12 +39,16 @@ impl<'a> SourceParts<'a> {
         parts.ok_or_else(|| Error::Internal("a run without input pictures".into()))
     }
 
-    /// Uploads the draws, and which rows take which image token.
-    pub(in crate::model) fn upload(&self, stream: &mut dyn Stream) -> Result<()> {
+    /// Uploads the draws, and which image token each of the prompt's `rows` takes.
+    pub(in crate::model) fn upload(&self, stream: &mut dyn Stream, rows: &[u32]) -> Result<()> {
         let Some(slots) = self.slots else { return Ok(()) };
         let sources = self.sources;
         let draws: Vec<f32> = sources.places.iter().flat_map(|place| place.draw.iter().copied()).collect();
-        stream.upload(self.arena.span(slots.rows).ptr, bytemuck::cast_slice(&sources.rows))?;
+        let span = self.arena.span(slots.rows);
+        if size_of_val(rows) > span.bytes {
+            return Err(Error::Internal(format!("{} prompt rows for {} bytes", rows.len(), span.bytes)));
+        }
+        stream.upload(span.ptr, bytemuck::cast_slice(rows))?;
         match draws.is_empty() {
             true => Ok(()),
             false => stream.upload(self.arena.span(slots.draws).ptr, bytemuck::cast_slice(&draws)),
@@ -84,12 +89,16 @@ impl<'a> SourceParts<'a> {
         Ok((list, encoded))
     }
 
+    fn upload_pixels(&self, stream: &mut dyn Stream, image: &RgbImage, encoded: &Encoded) -> Result<()> {
+        let (bytes, _) = ops::harness::encode(self.model.dtype, VaeEncoder::pixel_values(image));
+        stream.upload(encoded.pixels.ptr, &bytes)
+    }
+
     /// Encodes every picture, one after another over the same memory.
     pub(in crate::model) fn encode(&self, launch: &Launch<'_>, stream: &mut dyn Stream) -> Result<()> {
         for (picture, image) in self.sources.pictures.iter().enumerate() {
             let (list, encoded) = self.record(launch, picture, |_| Default::default())?;
-            let (bytes, _) = ops::harness::encode(self.model.dtype, VaeEncoder::pixel_values(image));
-            stream.upload(encoded.pixels.ptr, &bytes)?;
+            self.upload_pixels(stream, image, &encoded)?;
             let executable = stream.instantiate(Arc::new(list))?;
             stream.replay(executable.as_ref())?;
             stream.synchronize()?;
@@ -133,6 +142,14 @@ impl Run {
     ) -> Result<(NodeList, Encoded)> {
         let selection = stage_selection(&self.model, &self.selection, Stage::Prefill)?;
         self.source_parts().record(&self.launch(&selection), picture, taps)
+    }
+
+    /// Uploads a picture to where the list that [`record_source`](Self::record_source) made for it reads the pixels.
+    pub fn upload_source(&mut self, picture: usize, encoded: &Encoded) -> Result<()> {
+        let parts = SourceParts::new(&self.model, &self.arena, &self.slots.sources, &self.spec.sources);
+        let image = self.spec.sources.pictures.get(picture);
+        let image = image.ok_or_else(|| Error::Internal(format!("there is no picture {picture}")))?;
+        parts.upload_pixels(self.stream.as_mut(), image, encoded)
     }
 
     /// Encodes every picture, one after another over the same memory.
