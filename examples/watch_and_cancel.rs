@@ -1,5 +1,5 @@
-//! What a server does: one engine for all requests, a session per request, progress and previews while it runs, and a
-//! cancel from another thread. `cargo run --release --example watch_and_cancel`.
+//! What a server does: one engine for all requests, loaded with progress, a session per request, progress and previews
+//! while it runs, and a cancel from another thread. `cargo run --release --example watch_and_cancel`.
 
 use std::num::NonZeroU32;
 use std::sync::{Arc, mpsc};
@@ -13,7 +13,14 @@ fn main() -> warpstep::Result<()> {
     let device = Arc::new(EmulatedDevice::new(EmulatedOptions::default())?);
     // A budget turns a request that would not fit into an error before anything is allocated.
     let options = EngineOptions { memory_budget_bytes: Some(256 << 20), ..EngineOptions::default() };
-    let engine = Arc::new(Engine::load(&ModelSource::Demo, device, options)?);
+    let engine = Engine::load_with(&ModelSource::Demo, device, options, &mut |progress| {
+        // Of a large model this takes a while; Control::Stop would end it.
+        if progress.done_bytes == progress.of_bytes {
+            println!("{} bytes of weights loaded", progress.of_bytes);
+        }
+        Control::Continue
+    })?;
+    let engine = Arc::new(engine);
     let mut request = engine.request("a small blue star on a yellow background")?;
     (request.seed, request.preview_every_rows) = (7, NonZeroU32::new(1));
     println!("{} bytes for this request", engine.plan(&request)?.request_bytes());

@@ -1,9 +1,7 @@
 //! The demo model inside the library: a small trained NextStep, loaded by the same code as any checkpoint.
 
-use crate::device::Device;
-use crate::engine::{Engine, EngineOptions};
+use crate::engine::{Engine, Load};
 use crate::error::Result;
-use std::sync::Arc;
 
 #[cfg(feature = "demo-model")]
 mod files {
@@ -30,7 +28,7 @@ pub const NAME: &str = "demo";
 
 /// Loads the embedded model.
 #[cfg(feature = "demo-model")]
-pub fn load(device: Arc<dyn Device>, options: EngineOptions) -> Result<Engine> {
+pub(crate) fn load(load: Load<'_>) -> Result<Engine> {
     use crate::tokenizer::{Tokenizer, TokenizerFiles};
     use crate::weights::Checkpoint;
     use std::path::Path;
@@ -44,7 +42,7 @@ pub fn load(device: Arc<dyn Device>, options: EngineOptions) -> Result<Engine> {
         special_tokens_map: None,
     };
     let tokenizer = Tokenizer::from_bytes(tokenizer_files, origin, crate::engine::token_ids(&config))?;
-    Engine::assemble(NAME.into(), (config, checkpoint), (vae_config, vae), tokenizer, device, options)
+    Engine::assemble(NAME.into(), (config, checkpoint), (vae_config, vae), tokenizer, load)
 }
 
 /// Sizes of the embedded model.
@@ -64,7 +62,7 @@ pub(crate) fn configs() -> Result<(crate::model::config::ModelConfig, crate::mod
 
 /// Says that this build carries no demo model.
 #[cfg(not(feature = "demo-model"))]
-pub fn load(_device: Arc<dyn Device>, _options: EngineOptions) -> Result<Engine> {
+pub(crate) fn load(_load: Load<'_>) -> Result<Engine> {
     Err(crate::error::Error::request(
         "model",
         "this build has no embedded demo model (feature demo-model is off): give --model DIR",

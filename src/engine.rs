@@ -3,6 +3,7 @@
 use crate::device::planning::PlanningDevice;
 use crate::device::{Device, DeviceInfo};
 use crate::error::{Error, Result};
+use crate::event::{Control, LoadProgress, milliseconds};
 use crate::image::RgbImage;
 use crate::model::backbone::rope_frequencies;
 use crate::model::config::{ModelConfig, VaeConfig, check_vae_match, resolve_vae_dir};
@@ -10,6 +11,7 @@ use crate::model::flow_head::DrawSource;
 use crate::model::nextstep::NextStep;
 use crate::model::plan::{self, Draws, RunSpec};
 use crate::model::sources::Sources;
+use crate::model::upload::Uploader;
 use crate::model::vae::VaeEncoder;
 use crate::ops::{self, DType, Selection};
 use crate::prompt::{Prompt, build_rows, with_marks};
@@ -20,8 +22,10 @@ use crate::session::Session;
 use crate::tokenizer::{ModelTokenIds, Tokenizer};
 use crate::tokens::TokenLayout;
 use crate::weights::{Checkpoint, ModelWeights, OpenOptions, VaeWeights};
+use std::num::NonZeroUsize;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
+use std::time::Instant;
 
 /// Where a model comes from.
 #[derive(Clone, Debug)]
@@ -40,6 +44,10 @@ pub struct EngineOptions {
     /// Map weight files instead of reading copies. A file that is truncated while mapped is fatal on Linux; turn
     /// this off where files may change under the process.
     pub mmap: bool,
+    /// Threads that convert and pack weights while they are loaded, at most 256; default: one per core that this process
+    /// may use, at most 16, and one where that is not known. They are gone when the load returns, and what is loaded
+    /// does not depend on their number.
+    pub load_threads: Option<NonZeroUsize>,
     /// The VAE's folder; default: what `config.json` names, else `vae/` in the model's folder.
     pub vae: Option<PathBuf>,
     /// Variants chosen by name.
@@ -58,6 +66,7 @@ impl Default for EngineOptions {
         EngineOptions {
             dtype: DType::Bf16,
             mmap: true,
+            load_threads: None,
             vae: None,
             kernels: Selection::default(),
             memory_budget_bytes: None,
@@ -103,6 +112,22 @@ pub struct Engine {
     pub(crate) tokenizer: Tokenizer,
     name: String,
     defaults: Defaults,
+    loading: Loading,
+}
+
+/// What loading an engine took.
+#[derive(Clone, Copy, Debug, Default, PartialEq, serde::Serialize)]
+pub struct Loading {
+    /// Bytes of the checkpoint's tensors that were read, in the element types of its files.
+    pub read_bytes: u64,
+    /// Bytes of weights that were written to the device, in the element type that it keeps.
+    pub weight_bytes: u64,
+    /// Threads that converted and packed them.
+    pub threads: usize,
+    /// Milliseconds to open and check configs, tokenizer and the headers of weight files, before any weight is read.
+    pub open_ms: f64,
+    /// Milliseconds from there until the device held all weights.
+    pub weights_ms: f64,
 }
 
 impl std::fmt::Debug for Engine {
@@ -125,6 +150,45 @@ pub(crate) fn token_ids(config: &ModelConfig) -> ModelTokenIds {
     }
 }
 
+/// A model's and a VAE's config, each with its opened weight files.
+pub(crate) type Opened = ((ModelConfig, Checkpoint), (VaeConfig, Checkpoint));
+
+/// Opens the files of a model's folder; the tensors in them are not read.
+pub(crate) fn open_files(dir: &Path, options: &EngineOptions) -> Result<Opened> {
+    let config = ModelConfig::load(dir)?;
+    let vae_dir = resolve_vae_dir(dir, &config, options.vae.as_deref())?;
+    let vae_config = VaeConfig::load(&vae_dir)?;
+    let open = OpenOptions { mmap: options.mmap };
+    let checkpoint = Checkpoint::open(dir, open)?;
+    Ok(((config, checkpoint), (vae_config, Checkpoint::open(&vae_dir, open)?)))
+}
+
+/// A caller's function that is told how far loading has come.
+type OnProgress<'a> = dyn FnMut(&LoadProgress<'_>) -> Control + 'a;
+
+/// A call that loads.
+pub(crate) struct Load<'a> {
+    device: Arc<dyn Device>,
+    options: EngineOptions,
+    progress: &'a mut OnProgress<'a>,
+    start: Instant,
+}
+
+/// Brings a model to `device`, and says how far it is of so many bytes, if anybody wants to know.
+fn upload(
+    device: &Arc<dyn Device>,
+    options: &EngineOptions,
+    (model, vae): ((&ModelConfig, &ModelWeights), (&VaeConfig, &VaeWeights)),
+    progress: Option<(u64, &mut OnProgress<'_>)>,
+) -> Result<NextStep> {
+    let mut stream = device.stream()?;
+    let mut up = Uploader::new(device.clone(), stream.as_mut(), options.dtype, &options.kernels);
+    if let (Some((of_bytes, callback)), true) = (progress, device.holds_data()) {
+        up = up.with_threads(options.load_threads)?.with_progress(of_bytes, callback);
+    }
+    NextStep::load(up, model, vae, options.text)
+}
+
 /// A request with all host arithmetic done.
 pub(crate) struct Prepared {
     pub(crate) spec: RunSpec,
@@ -132,11 +196,44 @@ pub(crate) struct Prepared {
 }
 
 impl Engine {
-    /// Reads the checkpoint, checks it against its config and uploads the weights.
+    /// Reads the checkpoint, checks it against its config and uploads the weights: by several threads
+    /// ([`EngineOptions::load_threads`]), each converting f32, f16 or bf16 to the element type of the device on the way,
+    /// with at most 256 MiB of memory beside the mapped files.
     pub fn load(source: &ModelSource, device: Arc<dyn Device>, options: EngineOptions) -> Result<Engine> {
+        Engine::load_with(source, device, options, &mut |_| Control::Continue)
+    }
+
+    /// The same with a callback on this thread, which is told how far loading has come and may stop it: then the device
+    /// is as it was before, and [`Error::LoadCancelled`] says how much had been loaded. If the callback panics, the load
+    /// ends with [`Error::CallbackPanicked`].
+    ///
+    /// ```
+    /// # use std::sync::Arc;
+    /// # use warpstep::device::emulated::{EmulatedDevice, EmulatedOptions};
+    /// use warpstep::engine::{Engine, EngineOptions, ModelSource};
+    /// use warpstep::event::Control;
+    /// # fn main() -> warpstep::Result<()> {
+    /// # let device = Arc::new(EmulatedDevice::new(EmulatedOptions::default())?);
+    /// let (source, options) = (ModelSource::Demo, EngineOptions::default());
+    /// let mut percent = 0;
+    /// let engine = Engine::load_with(&source, device, options, &mut |progress| {
+    ///     percent = progress.done_bytes * 100 / progress.of_bytes.max(1);
+    ///     Control::Continue
+    /// })?;
+    /// assert_eq!(percent, 100);
+    /// # Ok(())
+    /// # }
+    /// ```
+    pub fn load_with(
+        source: &ModelSource,
+        device: Arc<dyn Device>,
+        options: EngineOptions,
+        progress: &mut dyn FnMut(&LoadProgress<'_>) -> Control,
+    ) -> Result<Engine> {
+        let load = Load { device, options, progress, start: Instant::now() };
         match source {
-            ModelSource::Dir(dir) => Engine::load_dir(dir, device, options),
-            ModelSource::Demo => crate::demo::load(device, options),
+            ModelSource::Dir(dir) => Engine::load_dir(dir, load),
+            ModelSource::Demo => crate::demo::load(load),
         }
     }
 
@@ -150,17 +247,12 @@ impl Engine {
         Engine::load(source, Arc::new(PlanningDevice::new(sm_count)), options)
     }
 
-    fn load_dir(dir: &Path, device: Arc<dyn Device>, options: EngineOptions) -> Result<Engine> {
-        let config = ModelConfig::load(dir)?;
-        let vae_dir = resolve_vae_dir(dir, &config, options.vae.as_deref())?;
-        let vae_config = VaeConfig::load(&vae_dir)?;
-        let open = OpenOptions { mmap: options.mmap };
-        let checkpoint = Checkpoint::open(dir, open)?;
-        let vae_checkpoint = Checkpoint::open(&vae_dir, open)?;
+    fn load_dir(dir: &Path, load: Load<'_>) -> Result<Engine> {
+        let ((config, checkpoint), vae) = open_files(dir, &load.options)?;
         let tokenizer = Tokenizer::from_dir(dir, token_ids(&config))?;
         let name =
             dir.file_name().map_or_else(|| dir.display().to_string(), |n| n.to_string_lossy().into_owned());
-        Engine::assemble(name, (config, checkpoint), (vae_config, vae_checkpoint), tokenizer, device, options)
+        Engine::assemble(name, (config, checkpoint), vae, tokenizer, load)
     }
 
     /// Builds an engine from opened parts.
@@ -169,24 +261,37 @@ impl Engine {
         (config, checkpoint): (ModelConfig, Checkpoint),
         (vae_config, vae_checkpoint): (VaeConfig, Checkpoint),
         tokenizer: Tokenizer,
-        device: Arc<dyn Device>,
-        options: EngineOptions,
+        load: Load<'_>,
     ) -> Result<Engine> {
         check_vae_match(&config, &vae_config)?;
         let weights = ModelWeights::new(checkpoint, &config)?;
         let vae_weights = VaeWeights::new(vae_checkpoint, &vae_config)?;
-        let mut stream = device.stream()?;
-        let model = NextStep::load(
-            &device,
-            stream.as_mut(),
-            (&config, &weights),
-            (&vae_config, &vae_weights),
-            options.dtype,
-            &options.kernels,
-            options.text,
-        )?;
+        let Load { device, options, progress, start } = load;
+        let weights = ((&config, &weights), (&vae_config, &vae_weights));
+        let opened = Instant::now();
+        let of_bytes = match device.holds_data() {
+            true => {
+                // Laid out on paper first, which takes a few milliseconds.
+                let planning: Arc<dyn Device> = Arc::new(PlanningDevice::new(device.info().sm_count));
+                upload(&planning, &options, weights, None)?.weight_bytes()
+            }
+            false => 0,
+        };
+        let model = upload(&device, &options, weights, Some((of_bytes, progress)))?;
+        let loading = Loading {
+            read_bytes: model.read_bytes(),
+            weight_bytes: model.weight_bytes(),
+            threads: model.load_threads(),
+            open_ms: milliseconds(opened - start),
+            weights_ms: milliseconds(opened.elapsed()),
+        };
         let defaults = Defaults::for_checkpoint(&name, config.hidden_size);
-        Ok(Engine { device, model: Arc::new(model), options, tokenizer, name, defaults })
+        Ok(Engine { device, model: Arc::new(model), options, tokenizer, name, defaults, loading })
+    }
+
+    /// What loading took.
+    pub fn loading(&self) -> Loading {
+        self.loading
     }
 
     /// The model on the device, for measuring it.

@@ -75,8 +75,11 @@ pub enum Error {
     /// The caller asked to stop.
     #[error("cancelled after {tokens} tokens")]
     Cancelled { tokens: usize },
-    /// The caller's callback panicked. The panic goes no further: what the generation held is freed, and engine and
-    /// session are as good as new.
+    /// The caller asked to stop loading. Nothing of the model is left on the device.
+    #[error("loading was cancelled after {done_bytes} of {of_bytes} bytes")]
+    LoadCancelled { done_bytes: u64, of_bytes: u64 },
+    /// The caller's callback panicked. The panic goes no further: what the generation or the load held is freed, and
+    /// engine and session are as good as new.
     #[error("the callback panicked: {message}")]
     CallbackPanicked { message: String },
     /// A recorded case for `verify` is malformed.

@@ -1,6 +1,9 @@
-//! What a running generation tells its caller, and how the caller stops it.
+//! What a running generation or load tells its caller, and how the caller stops it.
 
+use crate::error::{Error, Result};
 use crate::image::RgbImage;
+use std::any::Any;
+use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
@@ -62,13 +65,39 @@ pub enum Event {
     },
 }
 
+/// How far loading has come. Sent to the callback of [`crate::engine::Engine::load_with`], on the calling thread:
+/// before every piece of weights, at most 8 MiB, and once when the device holds them all.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[non_exhaustive]
+pub struct LoadProgress<'a> {
+    /// Name of the weights that come next; empty in the last call.
+    pub what: &'a str,
+    /// Bytes handed to the device so far, in the element type that it keeps.
+    pub done_bytes: u64,
+    /// Bytes in all.
+    pub of_bytes: u64,
+}
+
 /// The callback's answer.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Control {
     /// Go on.
     Continue,
-    /// Stop as soon as possible; the call returns [`crate::Error::Cancelled`].
+    /// Stop as soon as possible; the call returns [`Error::Cancelled`], or [`Error::LoadCancelled`] where it loads.
     Stop,
+}
+
+/// A caller's answer. Its panic ends here, as an error.
+pub(crate) fn ask(callback: impl FnOnce() -> Control) -> Result<Control> {
+    // Nothing of ours is in the closure, so that a panic leaves nothing of ours half done.
+    catch_unwind(AssertUnwindSafe(callback))
+        .map_err(|panic| Error::CallbackPanicked { message: panic_message(&*panic) })
+}
+
+/// The text of `panic!`, if it has one.
+pub(crate) fn panic_message(panic: &(dyn Any + Send)) -> String {
+    let text = panic.downcast_ref::<&str>().copied().or(panic.downcast_ref::<String>().map(String::as_str));
+    text.unwrap_or("with a value that is no text").to_owned()
 }
 
 /// Stops a generation from another thread, within one image token.

@@ -31,12 +31,13 @@
 //! | [`model`] | configs, weights on the device, the order of ops, the memory plan |
 //! | [`ops`] | one op per file: shapes, geometry, declared reads and writes; the registry and the test harness |
 //! | [`device`] | memory, node lists, replay; the emulated device, the CUDA device (never run on a GPU yet), and one that only plans |
-//! | [`mod@bench`] | timing of kernels and models, the ceilings, bytes counted from node lists |
+//! | [`mod@bench`] | timing of kernels, models and loading, the ceilings, bytes counted from node lists |
 //! | [`conformance`] | whether a device's primitives do what the PTX manual says |
 //!
 //! # Threads
 //!
-//! Load one [`engine::Engine`] and share it; make a [`session::Session`] for each thread that generates.
+//! Load one [`engine::Engine`] and share it; make a [`session::Session`] for each thread that generates. A load takes
+//! threads of its own, which end before it returns.
 //!
 //! # Promises to a host process
 //!

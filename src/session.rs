@@ -9,7 +9,7 @@ mod bound;
 use crate::device::{Event as DeviceEvent, nvtx};
 use crate::engine::{Engine, Plan};
 use crate::error::{Error, Result};
-use crate::event::{CancelToken, Control, Event, Reuse, Timings, milliseconds};
+use crate::event::{CancelToken, Control, Event, Reuse, Timings, ask, milliseconds};
 use crate::image::RgbImage;
 use crate::model::arena::Stage;
 use crate::model::plan::RunSpec;
@@ -18,9 +18,7 @@ use crate::ops::harness::decode;
 use crate::request::GenerateRequest;
 use crate::tokens::ImageTokens;
 use bound::Bound;
-use std::any::Any;
 use std::collections::VecDeque;
-use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::Arc;
 use std::time::Instant;
 
@@ -69,9 +67,7 @@ pub(crate) struct Listener<'a> {
 
 impl Listener<'_> {
     pub(crate) fn send(&mut self, event: &Event) -> Result<()> {
-        // Nothing of ours is in the closure, so that a panic leaves nothing of ours half done.
-        let answer = catch_unwind(AssertUnwindSafe(|| (self.callback)(event)));
-        match answer.map_err(|panic| Error::CallbackPanicked { message: panic_message(&*panic) })? {
+        match ask(|| (self.callback)(event))? {
             Control::Continue => self.check(),
             Control::Stop => Err(Error::Cancelled { tokens: self.tokens_done }),
         }
@@ -83,12 +79,6 @@ impl Listener<'_> {
             false => Ok(()),
         }
     }
-}
-
-/// The text of `panic!`, if it has one.
-fn panic_message(panic: &(dyn Any + Send)) -> String {
-    let text = panic.downcast_ref::<&str>().copied().or(panic.downcast_ref::<String>().map(String::as_str));
-    text.unwrap_or("with a value that is no text").to_owned()
 }
 
 impl Session {

@@ -3,13 +3,14 @@
 
 use serde_json::json;
 use std::collections::BTreeMap;
+use std::num::NonZeroUsize;
 use std::path::Path;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::{Duration, Instant};
 use warpstep::device::planning::HOPPER_SMS;
 use warpstep::device::{
-    Buffer, Device, DeviceInfo, DevicePtr, Event, Executable, Node, NodeList, Span, Stream,
+    Buffer, Device, DeviceInfo, DevicePtr, Event, Executable, Node, NodeList, STAGING_BYTES, Span, Stream,
 };
 use warpstep::engine::{Engine, EngineOptions, ModelSource};
 use warpstep::event::{CancelToken, Control};
@@ -88,6 +89,7 @@ struct Sink {
 
 #[derive(Default)]
 struct Seen {
+    uploads: AtomicU64,
     received: AtomicU64,
     most_anonymous: AtomicU64,
 }
@@ -105,16 +107,29 @@ impl Device for Sink {
     fn name_span(&self, _span: Span, _label: &str) {}
 
     fn stream(&self) -> Result<Box<dyn Stream>> {
-        Ok(Box::new(SinkStream(self.state.clone())))
+        Ok(Box::new(SinkStream { state: self.state.clone(), staging: vec![0; SLOTS * STAGING_BYTES] }))
     }
 }
 
-struct SinkStream(Arc<Seen>);
+/// Slots of staging memory, as a GPU has them.
+const SLOTS: usize = 3;
+
+struct SinkStream {
+    state: Arc<Seen>,
+    staging: Vec<u8>,
+}
 
 impl Stream for SinkStream {
-    fn upload(&mut self, _dst: DevicePtr, bytes: &[u8]) -> Result<()> {
-        self.0.received.fetch_add(bytes.len() as u64, Ordering::Relaxed);
-        self.0.most_anonymous.fetch_max(memory("RssAnon"), Ordering::Relaxed);
+    fn upload_with(
+        &mut self,
+        _dst: DevicePtr,
+        bytes: usize,
+        fill: &mut dyn FnMut(&mut [u8]) -> Result<()>,
+    ) -> Result<()> {
+        let uploads = self.state.uploads.fetch_add(1, Ordering::Relaxed) as usize;
+        fill(&mut self.staging[uploads % SLOTS * STAGING_BYTES..][..bytes])?;
+        self.state.received.fetch_add(bytes as u64, Ordering::Relaxed);
+        self.state.most_anonymous.fetch_max(memory("RssAnon"), Ordering::Relaxed);
         Ok(())
     }
 
@@ -155,8 +170,10 @@ impl Stream for SinkStream {
 #[test]
 fn a_14b_checkpoint_is_planned_in_a_second_and_200_mb_and_loading_holds_at_most_256_mib() {
     plan_is_quick_and_small();
-    for (dtype, mmap) in [(DType::Bf16, true), (DType::F32, true), (DType::Bf16, false)] {
-        loading_holds_little(dtype, mmap);
+    for (dtype, mmap, threads) in
+        [(DType::Bf16, true, None), (DType::F32, true, Some(16)), (DType::Bf16, false, Some(16))]
+    {
+        loading_holds_little(dtype, mmap, threads.and_then(NonZeroUsize::new));
     }
 }
 
@@ -190,20 +207,21 @@ fn plan_is_quick_and_small() {
     assert!(matches!(tight.plan(&request), Err(Error::OutOfMemory { .. })));
 }
 
-fn loading_holds_little(dtype: DType, mmap: bool) {
+fn loading_holds_little(dtype: DType, mmap: bool, load_threads: Option<NonZeroUsize>) {
     let folder = tempfile::tempdir().unwrap();
     // A layer, and an embedding table that by itself is larger than what may be held.
     write_model(folder.path(), 1, 32_768);
     let state = Arc::new(Seen::default());
     let sink = Sink { next: AtomicU64::new(256), state: state.clone() };
     let before = memory("RssAnon");
-    let options = EngineOptions { dtype, mmap, ..EngineOptions::default() };
+    let options = EngineOptions { dtype, mmap, load_threads, ..EngineOptions::default() };
     let source = ModelSource::Dir(folder.path().into());
     let engine = Engine::load(&source, Arc::new(sink), options.clone()).unwrap();
     let held = state.most_anonymous.load(Ordering::Relaxed).saturating_sub(before);
     let received = state.received.load(Ordering::Relaxed);
     eprintln!(
-        "{dtype:?}, mmap {mmap}: {} MB loaded, at most {} MB held",
+        "{dtype:?}, mmap {mmap}, {} threads: {} MB loaded, at most {} MB held",
+        engine.loading().threads,
         received / 1_000_000,
         held / 1_000_000
     );

@@ -1,10 +1,12 @@
 //! An engine on the emulated device when memory runs out and calls fail: every request fails as it should, and the
 //! next one is right. No allocation goes beyond the plan, and no request sees what another left behind.
 
+use std::num::NonZeroUsize;
 use std::sync::Arc;
 use warpstep::Error;
 use warpstep::device::Device;
 use warpstep::device::emulated::{EmulatedDevice, EmulatedOptions, Fault};
+use warpstep::device::planning::{HOPPER_SMS, PlanningDevice};
 use warpstep::engine::{Engine, EngineOptions, ModelSource};
 use warpstep::event::{CancelToken, Control};
 use warpstep::request::GenerateRequest;
@@ -143,4 +145,61 @@ fn a_request_sees_nothing_of_the_one_before() {
     rig.draw().unwrap();
     rig.request = request;
     assert!(rig.draw().unwrap() == fresh);
+}
+
+/// Loading with a callback whose answer to call number `calls` is `end`'s; and what it was told.
+fn load_until(
+    device: &EmulatedDevice,
+    threads: usize,
+    calls: usize,
+    end: impl Fn() -> Control,
+) -> (warpstep::Result<Engine>, Vec<(u64, u64)>) {
+    let mut told = Vec::new();
+    let options = EngineOptions { load_threads: NonZeroUsize::new(threads), ..EngineOptions::default() };
+    let result = Engine::load_with(&ModelSource::Demo, Arc::new(device.clone()), options, &mut |progress| {
+        told.push((progress.done_bytes, progress.of_bytes));
+        if told.len() == calls { end() } else { Control::Continue }
+    });
+    (result, told)
+}
+
+#[test]
+fn loading_tells_how_far_it_is_and_stops_when_told() {
+    let device = EmulatedDevice::new(EmulatedOptions::default()).unwrap();
+    let (engine, told) = load_until(&device, 2, usize::MAX, || Control::Continue);
+    let loading = engine.unwrap().loading();
+    assert_eq!(loading.threads, 2);
+    assert!(loading.read_bytes > loading.weight_bytes / 2 && loading.weights_ms > 0.0, "{loading:?}");
+    let all = loading.weight_bytes;
+    assert_eq!((told[0], *told.last().unwrap()), ((0, all), (all, all)));
+    assert!(told.is_sorted() && told.iter().all(|&(_, of)| of == all), "{told:?}");
+    assert_eq!(device.live_bytes(), 0);
+    for calls in [1, 2, told.len() / 2, told.len()] {
+        for threads in [1, 3] {
+            let (result, seen) = load_until(&device, threads, calls, || Control::Stop);
+            match result {
+                Err(Error::LoadCancelled { done_bytes, of_bytes }) => {
+                    assert_eq!((done_bytes, of_bytes), told[calls - 1], "call {calls}");
+                }
+                other => panic!("call {calls}: {other:?}"),
+            }
+            assert_eq!((seen.len(), device.live_bytes()), (calls, 0));
+            let (result, _) = load_until(&device, threads, calls, || panic!("call {calls}"));
+            let Err(Error::CallbackPanicked { message }) = result else { panic!("call {calls}: {result:?}") };
+            assert_eq!((message, device.live_bytes()), (format!("call {calls}"), 0));
+        }
+    }
+    drop(load(&device).unwrap());
+}
+
+#[test]
+fn a_plan_has_nothing_to_load_and_tells_nothing() {
+    let planning = Arc::new(PlanningDevice::new(HOPPER_SMS));
+    let options = EngineOptions::default();
+    let engine = Engine::load_with(&ModelSource::Demo, planning, options, &mut |_| panic!("told")).unwrap();
+    let device = EmulatedDevice::new(EmulatedOptions::default()).unwrap();
+    assert_eq!(engine.loading().weight_bytes, load(&device).unwrap().loading().weight_bytes);
+    let options = EngineOptions { load_threads: NonZeroUsize::new(1000), ..EngineOptions::default() };
+    let error = Engine::load(&ModelSource::Demo, Arc::new(device), options).unwrap_err();
+    assert!(matches!(error, Error::InvalidRequest { field: "load_threads", .. }), "{error}");
 }

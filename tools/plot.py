@@ -83,8 +83,8 @@ def roofline(report, axes):
 
 
 def bandwidths(report, axes):
-    """Share of the copy's bandwidth, row by row."""
-    rows = [r for r in report["rows"] if r["bytes"] and r["median_ms"]]
+    """Share of the copy's bandwidth, row by row; rows of a load have no such share."""
+    rows = [r for r in report["rows"] if r["of_copy"]]
     if not rows:
         return False
     names = [" ".join(filter(None, (r["test"], r["variant"] if " " not in r["variant"] else "", r["dtype"],

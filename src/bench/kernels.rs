@@ -1,7 +1,7 @@
 //! Every op and variant on its own: the registry's cases, prepared once and launched many times.
 
 use super::ceilings::flush_span;
-use super::samples::{Effort, Row, time};
+use super::samples::{Effort, Floor, Row, time};
 use crate::device::{Buffer, Device, NodeList, Span};
 use crate::error::Result;
 use crate::ops::harness::{Case, Prepared, Scale, prepare};
@@ -116,6 +116,7 @@ impl Bench {
             bytes: choice.case.bytes,
             flops: choice.case.flops,
             samples_ms,
+            floor: Floor::Copy,
             note,
         };
         let hot = hot.iter().map(|ms| ms / chain as f64).collect();

@@ -9,6 +9,7 @@ pub mod bytes;
 pub mod ceilings;
 pub mod derive;
 pub mod kernels;
+pub mod loading;
 pub mod model;
 pub mod report;
 pub mod samples;

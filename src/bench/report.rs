@@ -1,7 +1,7 @@
 //! Rows as Markdown for people, CSV for tables, JSON for machines. JSON keeps every sample.
 
 use super::ceilings::Ceilings;
-use super::samples::Row;
+use super::samples::{Floor, Row};
 use crate::error::{Error, Result};
 use serde::Serialize;
 use std::collections::BTreeSet;
@@ -107,7 +107,8 @@ impl Report {
             true => format!("{value:.digits$}"),
             false => String::new(),
         };
-        let ratio = |ceiling: &Row| rate(row.bytes > 0, row.gb_per_s() / ceiling.gb_per_s(), 3);
+        let in_memory = row.bytes > 0 && row.floor == Floor::Copy;
+        let ratio = |ceiling: &Row| rate(in_memory, row.gb_per_s() / ceiling.gb_per_s(), 3);
         [
             row.test.clone(),
             row.variant.clone(),
@@ -120,13 +121,22 @@ impl Report {
             ms(row.quantile(0.0)),
             row.samples_ms.len().to_string(),
             rate(row.bytes > 0, row.bytes as f64 / 1e6, 3),
-            rate(row.bytes > 0, self.ceilings.floor_ms(row.bytes), 4),
+            rate(row.bytes > 0, self.floor_ms(row), 4),
             rate(row.bytes > 0, row.gb_per_s(), 2),
             ratio(&self.ceilings.copy),
             ratio(&self.ceilings.read),
             rate(row.flops > 0, row.tflop_per_s(), 3),
             row.note.clone(),
         ]
+    }
+
+    /// Milliseconds below which a row cannot be; NaN where that is not known.
+    fn floor_ms(&self, row: &Row) -> f64 {
+        match row.floor {
+            Floor::Copy => self.ceilings.floor_ms(row.bytes),
+            Floor::Own(ms) => ms,
+            Floor::None => f64::NAN,
+        }
     }
 
     fn markdown(&self) -> String {
@@ -175,14 +185,18 @@ impl Report {
 
     fn json(&self) -> Result<String> {
         let figures = |row: &Row| {
+            let ratio = |ceiling: &Row| match row.floor {
+                Floor::Copy => row.gb_per_s() / ceiling.gb_per_s(),
+                _ => f64::NAN,
+            };
             serde_json::json!({
                 "test": row.test, "variant": row.variant, "dtype": row.dtype, "shape": row.shape, "l2": row.l2,
                 "bytes": row.bytes, "flops": row.flops, "note": row.note, "samples_ms": row.samples_ms,
                 "median_ms": row.median(), "p10_ms": row.quantile(0.1), "p90_ms": row.quantile(0.9),
                 "min_ms": row.quantile(0.0), "runs": row.samples_ms.len(),
-                "floor_ms": self.ceilings.floor_ms(row.bytes), "gb_per_s": row.gb_per_s(),
-                "of_copy": row.gb_per_s() / self.ceilings.copy.gb_per_s(),
-                "of_read": row.gb_per_s() / self.ceilings.read.gb_per_s(),
+                "floor_ms": self.floor_ms(row), "gb_per_s": row.gb_per_s(),
+                "of_copy": ratio(&self.ceilings.copy),
+                "of_read": ratio(&self.ceilings.read),
                 "tflop_per_s": row.tflop_per_s(),
             })
         };
@@ -226,6 +240,12 @@ mod tests {
         assert_eq!(cell("floor ms"), "2.0000");
         assert_eq!((cell("GB/s").as_str(), cell("of copy").as_str()), ("1.50", "0.500"));
         assert_eq!((cell("of read").as_str(), cell("TFLOP/s").as_str()), ("0.375", ""));
+        // Bytes that come from the host have a floor of their own, or none.
+        for (floor, shown) in [(Floor::Own(3.5), "3.5000"), (Floor::None, "")] {
+            let cells = report.cells(&Row { floor, ..report.rows[0].clone() });
+            let cell = |name: &str| cells[COLUMNS.iter().position(|c| *c == name).unwrap()].as_str();
+            assert_eq!((cell("floor ms"), cell("GB/s"), cell("of copy")), (shown, "1.50", ""));
+        }
         // What was not measured shows no figure.
         let cells = report.cells(&report.rows[1]);
         assert_eq!((cells[5].as_str(), cells[9].as_str(), cells[16].as_str()), ("", "0", "not built"));

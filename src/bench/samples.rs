@@ -70,6 +70,18 @@ pub fn time(
     Ok(samples)
 }
 
+/// What bounds a row from below.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Serialize)]
+pub enum Floor {
+    /// Its bytes at the bandwidth of the run's own device copy.
+    #[default]
+    Copy,
+    /// So many milliseconds: its bytes are not moved within device memory.
+    Own(f64),
+    /// Nothing that is known.
+    None,
+}
+
 /// One measured thing.
 #[derive(Clone, Debug, Default, Serialize)]
 pub struct Row {
@@ -89,6 +101,8 @@ pub struct Row {
     pub flops: u64,
     /// Every sample, in milliseconds.
     pub samples_ms: Vec<f64>,
+    /// What the samples are compared with.
+    pub floor: Floor,
     /// Whether the figure was put together from other rows, and from which, or what is special about it.
     pub note: String,
 }

@@ -18,7 +18,7 @@ pub mod planning;
 
 pub use node::{Geometry, KernelId, MAX_PARAMS_BYTES, Node, NodeList, ParamBytes, Span};
 
-use crate::error::Result;
+use crate::error::{Error, Result};
 use std::any::Any;
 use std::sync::Arc;
 
@@ -115,10 +115,48 @@ pub trait Device: Send + Sync {
     fn stream(&self) -> Result<Box<dyn Stream>>;
 }
 
+/// Most bytes of one [`Stream::upload_with`]: 8 MiB. A copy of that size is long enough for a bus to reach its full
+/// rate, and a few such pieces are little enough memory to be pinned.
+pub const STAGING_BYTES: usize = 8 << 20;
+
+/// The error of an [`Stream::upload_with`] of more than [`STAGING_BYTES`]. For device implementations.
+pub fn check_staging(bytes: usize) -> Result<()> {
+    match bytes <= STAGING_BYTES {
+        true => Ok(()),
+        false => Err(Error::Device(format!(
+            "upload of {bytes} bytes through staging memory, which holds {STAGING_BYTES}"
+        ))),
+    }
+}
+
 /// An in-order queue of copies, launches and replays. Used by one thread at a time.
 pub trait Stream: Send {
-    /// Enqueues a host-to-device copy; `bytes` may be reused when the call returns.
-    fn upload(&mut self, dst: DevicePtr, bytes: &[u8]) -> Result<()>;
+    /// Enqueues a host-to-device copy of `bytes` bytes, at most [`STAGING_BYTES`], that `fill` writes where the device
+    /// copies them from: a GPU reads pinned memory while the host fills the next piece, and no byte is moved twice on
+    /// the host.
+    ///
+    /// `fill` is called on this thread with as many bytes, of any content, and must write them all; a device that holds
+    /// no data need not call it. Its error is returned, and nothing is copied then. It may use other streams of the
+    /// device.
+    fn upload_with(
+        &mut self,
+        dst: DevicePtr,
+        bytes: usize,
+        fill: &mut dyn FnMut(&mut [u8]) -> Result<()>,
+    ) -> Result<()>;
+
+    /// Enqueues a host-to-device copy of any size; `bytes` may be reused when the call returns.
+    fn upload(&mut self, dst: DevicePtr, bytes: &[u8]) -> Result<()> {
+        let mut dst = dst;
+        for chunk in bytes.chunks(STAGING_BYTES) {
+            self.upload_with(dst, chunk.len(), &mut |out| {
+                out.copy_from_slice(chunk);
+                Ok(())
+            })?;
+            dst = dst.offset(chunk.len());
+        }
+        Ok(())
+    }
 
     /// Copies device memory to the host after everything enqueued before it; blocks.
     fn download(&mut self, src: DevicePtr, bytes: &mut [u8]) -> Result<()>;

@@ -5,7 +5,9 @@
 //! than refused; replaying and reading back are errors, so that nobody mistakes it for a device that ran.
 
 use super::planning::PlanningDevice;
-use super::{Buffer, Device, DeviceInfo, DevicePtr, Event, Executable, Node, NodeList, Span, Stream};
+use super::{
+    Buffer, Device, DeviceInfo, DevicePtr, Event, Executable, Node, NodeList, Span, Stream, check_staging,
+};
 use crate::error::{Error, Result};
 use std::sync::Arc;
 
@@ -50,8 +52,13 @@ fn refuse<T>(call: &str) -> Result<T> {
 }
 
 impl Stream for PaperStream {
-    fn upload(&mut self, _dst: DevicePtr, _bytes: &[u8]) -> Result<()> {
-        Ok(())
+    fn upload_with(
+        &mut self,
+        _dst: DevicePtr,
+        bytes: usize,
+        _fill: &mut dyn FnMut(&mut [u8]) -> Result<()>,
+    ) -> Result<()> {
+        check_staging(bytes)
     }
 
     fn download(&mut self, _src: DevicePtr, _bytes: &mut [u8]) -> Result<()> {

@@ -65,7 +65,12 @@ fn refuse<T>() -> Result<T> {
 }
 
 impl Stream for PlanningStream {
-    fn upload(&mut self, _dst: DevicePtr, _bytes: &[u8]) -> Result<()> {
+    fn upload_with(
+        &mut self,
+        _dst: DevicePtr,
+        _bytes: usize,
+        _fill: &mut dyn FnMut(&mut [u8]) -> Result<()>,
+    ) -> Result<()> {
         refuse()
     }
 

@@ -12,3 +12,4 @@ pub mod sources;
 pub mod text;
 pub mod upload;
 pub mod vae;
+pub(crate) mod workers;

@@ -33,25 +33,47 @@ pub struct NextStep {
     /// Variants chosen by name when the weights were laid out.
     pub kernels: Selection,
     weight_bytes: u64,
+    read_bytes: u64,
+    load_threads: usize,
     _buffers: Vec<Buffer>,
 }
 
 impl NextStep {
-    /// Uploads every tensor that text-to-image and editing read, in the layouts that the variants in `kernels` and
-    /// the defaults read; with `text` the LM head too.
+    /// Uploads every tensor that text-to-image and editing read, in the layouts that the variants of the uploader's
+    /// selection and the defaults read; with `text` the LM head too. Returns when all of it is on the device.
     pub fn load(
-        device: &Arc<dyn Device>,
-        stream: &mut dyn Stream,
+        mut up: Uploader<'_>,
         (config, weights): (&ModelConfig, &ModelWeights),
         (vae_config, vae_weights): (&VaeConfig, &VaeWeights),
-        dtype: DType,
-        kernels: &Selection,
         text: bool,
     ) -> Result<NextStep> {
-        let up = Uploader::new(device.clone(), stream, dtype, kernels);
-        let model = NextStep::upload(up, (config, weights), (vae_config, vae_weights), dtype, kernels, text)?;
-        stream.synchronize()?;
-        Ok(model)
+        let (dtype, kernels) = (up.dtype(), up.kernels().clone());
+        let backbone = Backbone::load(config, weights, &mut up)?;
+        let flow = FlowHead::load(config, weights, &mut up)?;
+        let vae = VaeDecoder::load(vae_config, vae_weights, config.latent_patch_size, &mut up)?;
+        let encoder = VaeEncoder::load(vae_config, vae_weights, &mut up)?;
+        let text = match text {
+            true => Some(LmHead::load(config, weights, &backbone, &mut up)?),
+            false => None,
+        };
+        up.wait()?;
+        let (read_bytes, threads) = (up.stored_bytes(), up.threads());
+        let (buffers, bytes) = up.finish();
+        Ok(NextStep {
+            backbone,
+            flow,
+            vae,
+            encoder,
+            text,
+            config: config.clone(),
+            vae_config: vae_config.clone(),
+            dtype,
+            kernels,
+            weight_bytes: bytes as u64,
+            read_bytes,
+            load_threads: threads,
+            _buffers: buffers,
+        })
     }
 
     /// A model of these shapes with random weights, made on the device from `seed`: for measuring, where only bytes
@@ -67,47 +89,22 @@ impl NextStep {
         let weights = ModelWeights::of_shapes(config)?;
         let vae_weights = VaeWeights::of_shapes(vae_config)?;
         let up = Uploader::random(device.clone(), stream, dtype, kernels, seed);
-        let (weights, vae_weights) = ((config, &weights), (vae_config, &vae_weights));
-        let model = NextStep::upload(up, weights, vae_weights, dtype, kernels, false)?;
-        stream.synchronize()?;
-        Ok(model)
-    }
-
-    fn upload(
-        mut up: Uploader<'_>,
-        (config, weights): (&ModelConfig, &ModelWeights),
-        (vae_config, vae_weights): (&VaeConfig, &VaeWeights),
-        dtype: DType,
-        kernels: &Selection,
-        text: bool,
-    ) -> Result<NextStep> {
-        let backbone = Backbone::load(config, weights, &mut up)?;
-        let flow = FlowHead::load(config, weights, &mut up)?;
-        let vae = VaeDecoder::load(vae_config, vae_weights, config.latent_patch_size, &mut up)?;
-        let encoder = VaeEncoder::load(vae_config, vae_weights, &mut up)?;
-        let text = match text {
-            true => Some(LmHead::load(config, weights, &backbone, &mut up)?),
-            false => None,
-        };
-        let (buffers, bytes) = up.finish();
-        Ok(NextStep {
-            backbone,
-            flow,
-            vae,
-            encoder,
-            text,
-            config: config.clone(),
-            vae_config: vae_config.clone(),
-            dtype,
-            kernels: kernels.clone(),
-            weight_bytes: bytes as u64,
-            _buffers: buffers,
-        })
+        NextStep::load(up, (config, &weights), (vae_config, &vae_weights), false)
     }
 
     /// Bytes of device memory that the weights take.
     pub fn weight_bytes(&self) -> u64 {
         self.weight_bytes
+    }
+
+    /// Bytes of the checkpoint's tensors that the weights were made of; 0 of random ones.
+    pub fn read_bytes(&self) -> u64 {
+        self.read_bytes
+    }
+
+    /// Threads that converted and packed the weights.
+    pub fn load_threads(&self) -> usize {
+        self.load_threads
     }
 
     /// Pixels per token and axis: VAE downsampling times patch size.

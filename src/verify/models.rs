@@ -4,6 +4,7 @@ use super::Context;
 use crate::error::{Error, Result};
 use crate::model::config::{ModelConfig, VaeConfig, resolve_vae_dir};
 use crate::model::nextstep::NextStep;
+use crate::model::upload::Uploader;
 use crate::ops::DType;
 use crate::weights::{Checkpoint, ModelWeights, OpenOptions, VaeWeights};
 use serde_json::Value;
@@ -64,15 +65,11 @@ impl Models {
         let weights = ModelWeights::new(checkpoint, &config)?;
         let vae_weights = VaeWeights::new(vae_checkpoint, &vae_config)?;
         let mut stream = context.device.stream()?;
-        let loaded = Arc::new(NextStep::load(
-            context.device,
-            stream.as_mut(),
-            (&config, &weights),
-            (&vae_config, &vae_weights),
-            dtype,
-            &context.options.selection,
-            true,
-        )?);
+        let selection = &context.options.selection;
+        let up =
+            Uploader::new(context.device.clone(), stream.as_mut(), dtype, selection).with_threads(None)?;
+        let (weights, vae_weights) = ((&config, &weights), (&vae_config, &vae_weights));
+        let loaded = Arc::new(NextStep::load(up, weights, vae_weights, true)?);
         self.loaded.push((key, loaded.clone()));
         Ok(loaded)
     }

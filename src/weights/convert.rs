@@ -84,6 +84,19 @@ fn bf16_bits(x: f32) -> u16 {
     (if x.is_nan() { nan } else { rounded }) as u16
 }
 
+/// Writes `values` as `dtype` (f32 or bf16, little endian) into `out`, which must be exactly as long as that.
+pub fn write_values_as(values: &[f32], dtype: Dtype, out: &mut [u8]) -> Result<()> {
+    if dtype == Dtype::F16 || values.len().checked_mul(dtype.size()) != Some(out.len()) {
+        let (count, bytes) = (values.len(), out.len());
+        return Err(Error::Internal(format!("{count} values as {dtype} into {bytes} bytes")));
+    }
+    match dtype {
+        Dtype::F32 => out.copy_from_slice(bytemuck::cast_slice(values)),
+        _ => convert_piece(bytemuck::cast_slice(values), Dtype::F32, dtype, out),
+    }
+    Ok(())
+}
+
 /// A convolution weight `[O, I, kh, kw]` in the order `[O, kh, kw, I]`, where the input channels of one tap are
 /// neighbours, as they are in the channels-last activations that the kernels read. `shape` is `[O, I, kh, kw]`.
 pub fn conv_to_ohwi<T: Copy>(weight: &[T], shape: [usize; 4]) -> Result<Vec<T>> {
@@ -204,6 +217,22 @@ mod tests {
             assert!(matches!(error, Err(Error::Internal(_))));
         }
         assert!(write_as(&view, Dtype::F16, &mut whole).is_err());
+    }
+
+    #[test]
+    fn values_are_written_as_stored_ones_are() {
+        let values = edge_values();
+        let checkpoint = unaligned("F32", 4, bytemuck::cast_slice(&values));
+        let view = checkpoint.get("t").unwrap();
+        for dtype in [Dtype::F32, Dtype::Bf16] {
+            let (mut stored, mut written) = (vec![0; values.len() * dtype.size()], Vec::new());
+            written.resize(stored.len(), 1);
+            write_as(&view, dtype, &mut stored).unwrap();
+            write_values_as(&values, dtype, &mut written).unwrap();
+            assert!(stored == written, "{dtype}");
+            assert!(write_values_as(&values[1..], dtype, &mut written).is_err());
+        }
+        assert!(write_values_as(&[1.0], Dtype::F16, &mut [0; 2]).is_err());
     }
 
     #[test]

@@ -184,7 +184,7 @@ impl<'a> TensorView<'a> {
     }
 
     /// `len` bytes from byte `start` of the tensor.
-    fn bytes_at(&self, start: usize, len: usize) -> Result<Cow<'a, [u8]>> {
+    pub(crate) fn bytes_at(&self, start: usize, len: usize) -> Result<Cow<'a, [u8]>> {
         self.check_range(start, len)?;
         match self.data {
             ViewData::InFile { source, offset, .. } => source.bytes_at(offset + start as u64, len),

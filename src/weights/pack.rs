@@ -13,6 +13,7 @@
 //! Nothing else than this permutation happens to the weights: they are bf16 before and after.
 
 use crate::error::{Error, Result};
+use std::ops::Range;
 
 /// Units of a tile.
 pub const TILE_UNITS: usize = 8;
@@ -100,41 +101,40 @@ impl Tiles {
         (step * 2 + k % 8 / 4) * 256 + lane * 8 + (k % 4 / 2 * 2 + half) * 2 + k % 2
     }
 
-    /// Packs tile `tile` into `out` (of [`Tiles::tile_bytes`]). `read` writes a row, `inner` bf16, to where it is told.
-    pub fn write_tile(
+    /// Packs the steps from `first` on, counted through all tiles, into `out`, which must hold whole ones: any share of
+    /// the matrix, so that any number of threads can take equal ones. `read` writes the bf16 elements `columns` of a row
+    /// to where it is told.
+    pub fn write_steps(
         &self,
-        tile: usize,
-        mut read: impl FnMut(usize, &mut [u8]) -> Result<()>,
+        first: usize,
+        mut read: impl FnMut(usize, Range<usize>, &mut [u8]) -> Result<()>,
         out: &mut [u8],
     ) -> Result<()> {
-        if tile >= self.tiles() || out.len() != self.tile_bytes() {
-            return Err(Error::Internal(format!("tile {tile} of {self:?} into {} bytes", out.len())));
+        let per_tile = self.inner / STEP;
+        let end = first.checked_add(out.len() / STEP_BYTES);
+        if !out.len().is_multiple_of(STEP_BYTES) || end.is_none_or(|end| end > self.tiles() * per_tile) {
+            return Err(Error::Internal(format!("{} bytes from step {first} of {self:?}", out.len())));
         }
-        let mut rows = [vec![0u8; self.inner * 2], vec![0u8; self.inner * 2]];
-        for g in 0..TILE_UNITS {
-            for (half, bytes) in rows.iter_mut().enumerate() {
-                match self.row(tile * TILE_UNITS + g, half) {
-                    Some(row) => read(row, bytes)?,
-                    None => bytes.fill(0),
+        let mut rows = [Vec::new(), Vec::new()];
+        let (mut step, mut left) = (first, out);
+        while !left.is_empty() {
+            let (tile, start) = (step / per_tile, step % per_tile);
+            let steps = (per_tile - start).min(left.len() / STEP_BYTES);
+            let (part, rest) = left.split_at_mut(steps * STEP_BYTES);
+            let columns = start * STEP..(start + steps) * STEP;
+            for g in 0..TILE_UNITS {
+                for (half, bytes) in rows.iter_mut().enumerate() {
+                    bytes.resize(columns.len() * 2, 0);
+                    match self.row(tile * TILE_UNITS + g, half) {
+                        Some(row) => read(row, columns.clone(), bytes)?,
+                        None => bytes.fill(0),
+                    }
                 }
+                interleave(g, &rows, part);
             }
-            self.interleave(g, &rows, out);
+            (step, left) = (step + steps, rest);
         }
         Ok(())
-    }
-
-    /// Writes both rows of unit `g` of a tile.
-    fn interleave(&self, g: usize, rows: &[Vec<u8>; 2], out: &mut [u8]) {
-        // Eight bytes of each row make the 16 bytes of one lane for one multiplication.
-        let pieces = rows[0].as_chunks::<8>().0.iter().zip(rows[1].as_chunks::<8>().0);
-        for (i, (first, second)) in pieces.enumerate() {
-            let (step, lane, low) = (i / 8, g * 4 + i % 8 / 2, i % 2);
-            let to = &mut out[step * STEP_BYTES + low * (STEP_BYTES / 2) + lane * 16..][..16];
-            to[..4].copy_from_slice(&first[..4]);
-            to[4..8].copy_from_slice(&second[..4]);
-            to[8..12].copy_from_slice(&first[4..]);
-            to[12..].copy_from_slice(&second[4..]);
-        }
     }
 
     /// The whole packed matrix of `values`, bf16 as bytes.
@@ -144,14 +144,30 @@ impl Tiles {
             return Err(Error::Internal(format!("{} bytes for {self:?}", values.len())));
         }
         let mut out = vec![0; self.bytes()];
-        for (tile, out) in out.chunks_exact_mut(self.tile_bytes()).enumerate() {
-            let read = |row: usize, to: &mut [u8]| {
-                to.copy_from_slice(&values[row * row_bytes..][..row_bytes]);
-                Ok(())
-            };
-            self.write_tile(tile, read, out)?;
-        }
+        let read = |row: usize, columns: Range<usize>, to: &mut [u8]| {
+            to.copy_from_slice(&values[row * row_bytes..][columns.start * 2..columns.end * 2]);
+            Ok(())
+        };
+        self.write_steps(0, read, &mut out)?;
         Ok(out)
+    }
+}
+
+/// Writes both rows of unit `g` into steps of a tile. Every offset within a step is a constant, so that this vectorises:
+/// it runs over all weights of a model.
+fn interleave(g: usize, rows: &[Vec<u8>; 2], out: &mut [u8]) {
+    const ROW_BYTES: usize = STEP * 2;
+    let pieces = rows[0].as_chunks::<ROW_BYTES>().0.iter().zip(rows[1].as_chunks::<ROW_BYTES>().0);
+    for ((first, second), step) in pieces.zip(out.as_chunks_mut::<STEP_BYTES>().0) {
+        // Eight bytes of each row make the 16 bytes of one lane for one multiplication.
+        for i in 0..ROW_BYTES / 8 {
+            let (lane, low) = (g * 4 + i / 2, i % 2);
+            let to = &mut step[low * (STEP_BYTES / 2) + lane * 16..][..16];
+            to[..4].copy_from_slice(&first[i * 8..i * 8 + 4]);
+            to[4..8].copy_from_slice(&second[i * 8..i * 8 + 4]);
+            to[8..12].copy_from_slice(&first[i * 8 + 4..i * 8 + 8]);
+            to[12..].copy_from_slice(&second[i * 8 + 4..i * 8 + 8]);
+        }
     }
 }
 
@@ -191,6 +207,27 @@ mod tests {
         check(26, 64, Pairing::Stacked);
     }
 
+    /// Shares that end within tiles, in any order, make the same matrix.
+    #[test]
+    fn shares_of_any_size_make_the_whole() {
+        let tiles = Tiles::new(70, 96, Pairing::Stacked).unwrap();
+        let values: Vec<u16> = (0..70 * 96).map(|i| i as u16).collect();
+        let whole = tiles.pack(bytemuck::cast_slice(&values)).unwrap();
+        let read = |row: usize, columns: Range<usize>, to: &mut [u8]| {
+            to.copy_from_slice(bytemuck::cast_slice(&values[row * 96..][columns]));
+            Ok(())
+        };
+        for share in [1, 2, 4, 7, 100] {
+            let mut out = vec![0xff; whole.len()];
+            for (i, part) in
+                out.chunks_mut(share * STEP_BYTES).enumerate().collect::<Vec<_>>().into_iter().rev()
+            {
+                tiles.write_steps(i * share, read, part).unwrap();
+            }
+            assert!(out == whole, "shares of {share} steps");
+        }
+    }
+
     /// The formula against the PTX manual's fragment of `mma.m16n8k16`: register i of a lane holds two neighbouring
     /// columns of row `lane / 4 + 8 (i % 2)`, from column `2 (lane % 4) + 8 (i / 2)` on; K is permuted as said above.
     #[test]
@@ -223,7 +260,11 @@ mod tests {
         }
         let tiles = Tiles::new(16, 32, Pairing::Neighbours).unwrap();
         assert!(tiles.pack(&[0; 16]).is_err());
-        assert!(tiles.write_tile(1, |_, _| Ok(()), &mut [0; 1024]).is_err());
-        assert!(tiles.write_tile(0, |_, _| Ok(()), &mut [0; 1000]).is_err());
+        for (first, bytes) in [(1, 1024), (0, 1000), (0, 2048), (usize::MAX, 1024)] {
+            assert!(
+                tiles.write_steps(first, |_, _, _| Ok(()), &mut vec![0; bytes]).is_err(),
+                "{first} {bytes}"
+            );
+        }
     }
 }

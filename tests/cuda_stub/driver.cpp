@@ -191,7 +191,7 @@ EXPORT int cuMemFreeHost(void* ptr) {
 
 EXPORT int cuMemcpyHtoDAsync_v2(uint64_t dst, const void* src, size_t bytes, Stream* stream) {
     Call call("cuMemcpyHtoDAsync_v2");
-    call.s.note(" bytes=%zu", bytes);
+    call.s.note(" bytes=%zu src=%zu", bytes, (size_t)src);
     if (!call.s.pinned.count((uintptr_t)src)) call.bad("source is not pinned");
     if (call.live(stream, "stream") && call.code == kSuccess && call.inside(dst, bytes))
         stream->ops.push_back({Op::kCopy, (void*)dst, src, bytes, 0, 0});

@@ -79,8 +79,13 @@ impl Executable for Numbered {
 }
 
 impl Stream for RecordingStream {
-    fn upload(&mut self, dst: DevicePtr, bytes: &[u8]) -> Result<()> {
-        self.inner.upload(dst, bytes)
+    fn upload_with(
+        &mut self,
+        dst: DevicePtr,
+        bytes: usize,
+        fill: &mut dyn FnMut(&mut [u8]) -> Result<()>,
+    ) -> Result<()> {
+        self.inner.upload_with(dst, bytes, fill)
     }
 
     fn download(&mut self, src: DevicePtr, bytes: &mut [u8]) -> Result<()> {

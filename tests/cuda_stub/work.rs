@@ -1,9 +1,10 @@
 //! A little work that uses every function of the driver.
 
-use crate::stub::Stub;
+use crate::stub::{Stub, field};
+use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::{Arc, LazyLock};
 use warpstep::device::cuda::{CudaDevice, CudaOptions};
-use warpstep::device::{Buffer, Device, Geometry, KernelId, Node, NodeList, ParamBytes};
+use warpstep::device::{Buffer, Device, Geometry, KernelId, Node, NodeList, ParamBytes, STAGING_BYTES};
 use warpstep::{Error, Result};
 
 const ADD_ONE: KernelId = KernelId { module: "bugs", symbol: "emu_add_one" };
@@ -122,6 +123,98 @@ fn poisoned_memory_is_nan_and_empty_requests_are_nothing() {
     stream.download(empty.ptr(), &mut []).unwrap();
     let nothing = stream.instantiate(Arc::new(NodeList::new())).unwrap();
     stream.replay(nothing.as_ref()).unwrap();
+    stub.take_log();
+}
+
+/// Pinned slots that are alive.
+fn slots(stub: &Stub) -> usize {
+    stub.live().matches("pinned memory of").count()
+}
+
+/// No byte is moved on the host after its caller wrote it, and nothing but the last copy out of the same slot is
+/// waited for: those out of the others may be under way.
+#[test]
+fn uploads_are_written_where_the_driver_copies_them_from() {
+    const PIECE: usize = 1000;
+    let stub = Stub::new();
+    let device = stub.open().unwrap();
+    let buffer = device.alloc(5 * PIECE, "b").unwrap();
+    let mut stream = device.stream().unwrap();
+    stub.take_log();
+    let mut places = Vec::new();
+    for i in 0..5 {
+        let dst = buffer.ptr().offset(i * PIECE);
+        let mut fill = |out: &mut [u8]| {
+            assert!(!stub.live().contains("pushed context"), "the caller's code has its own context");
+            places.push(out.as_ptr() as usize);
+            out.fill(i as u8 + 1);
+            Ok(())
+        };
+        stream.upload_with(dst, PIECE, &mut fill).unwrap();
+    }
+    let log = stub.take_log();
+    let copies = log.iter().filter(|line| line.starts_with("cuMemcpyHtoDAsync_v2"));
+    let sources: Vec<usize> = copies.map(|line| field(line, "src").unwrap().parse().unwrap()).collect();
+    assert_eq!(sources, places);
+    assert!(places[0] != places[1] && places[1] != places[2] && places[2] != places[0]);
+    assert_eq!(places[3..], places[..2], "slots in turn");
+    let waits: Vec<&String> = log.iter().filter(|line| line.contains("Synchronize")).collect();
+    assert!(waits.len() == 5 && waits.iter().all(|line| line.starts_with("cuEventSynchronize")), "{waits:?}");
+    let mut back = vec![0; 5 * PIECE];
+    stream.download(buffer.ptr(), &mut back).unwrap();
+    assert!(back.chunks(PIECE).enumerate().all(|(i, piece)| piece.iter().all(|&byte| byte == i as u8 + 1)));
+}
+
+#[test]
+fn an_upload_that_is_not_filled_copies_nothing_and_leaves_its_slot() {
+    let stub = Stub::new();
+    let device = stub.open().unwrap();
+    let buffer = device.alloc(100, "b").unwrap();
+    let mut stream = device.stream().unwrap();
+    stream.upload(buffer.ptr(), &[7; 100]).unwrap();
+    for _ in 0..5 {
+        let broken = &mut |_: &mut [u8]| Err(Error::Internal("unreadable".into()));
+        let error = stream.upload_with(buffer.ptr(), 100, broken).unwrap_err();
+        assert_eq!(error.to_string(), "internal error: unreadable");
+        let panics = &mut |_: &mut [u8]| panic!("on purpose");
+        assert!(catch_unwind(AssertUnwindSafe(|| stream.upload_with(buffer.ptr(), 100, panics))).is_err());
+    }
+    let error = stream.upload_with(buffer.ptr(), STAGING_BYTES + 1, &mut |_| Ok(())).unwrap_err();
+    assert!(
+        error.to_string().contains("8388609 bytes through staging memory, which holds 8388608"),
+        "{error}"
+    );
+    let mut back = [0; 100];
+    stream.download(buffer.ptr(), &mut back).unwrap();
+    assert_eq!((back, slots(&stub)), ([7; 100], 3));
+    drop((stream, buffer, device));
+    assert_eq!(stub.live(), "");
+    stub.take_log();
+}
+
+/// Whoever fills may upload: there is a slot for each, and three are kept.
+#[test]
+fn uploads_within_uploads_get_slots_of_their_own() {
+    fn nest(device: &CudaDevice, stub: &Stub, buffer: &Buffer, depth: usize) -> Result<()> {
+        if depth == 5 {
+            assert_eq!(slots(stub), 5);
+            return Ok(());
+        }
+        device.stream()?.upload_with(buffer.ptr().offset(depth), 1, &mut |out| {
+            out.fill(depth as u8);
+            nest(device, stub, buffer, depth + 1)
+        })
+    }
+    let stub = Stub::new();
+    let device = stub.open().unwrap();
+    let buffer = device.alloc(5, "b").unwrap();
+    nest(&device, &stub, &buffer, 0).unwrap();
+    assert_eq!(slots(&stub), 3);
+    let mut back = [9; 5];
+    device.stream().unwrap().download(buffer.ptr(), &mut back).unwrap();
+    assert_eq!(back, [0, 1, 2, 3, 4]);
+    drop((buffer, device));
+    assert_eq!(stub.live(), "");
     stub.take_log();
 }
 

@@ -39,8 +39,13 @@ impl Device for Swapping {
 }
 
 impl Stream for SwappingStream {
-    fn upload(&mut self, dst: DevicePtr, bytes: &[u8]) -> Result<()> {
-        self.inner.upload(dst, bytes)
+    fn upload_with(
+        &mut self,
+        dst: DevicePtr,
+        bytes: usize,
+        fill: &mut dyn FnMut(&mut [u8]) -> Result<()>,
+    ) -> Result<()> {
+        self.inner.upload_with(dst, bytes, fill)
     }
 
     fn download(&mut self, src: DevicePtr, bytes: &mut [u8]) -> Result<()> {

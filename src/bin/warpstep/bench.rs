@@ -1,6 +1,7 @@
 //! `warpstep bench`: a whole model, in the form of the paper's Table 9.
 
 use crate::args::{DeviceArgs, Precision, parse_size};
+use crate::loading::{LoadArgs, load};
 use crate::measured::Measured;
 use anyhow::{Result, bail};
 use clap::Args;
@@ -10,16 +11,18 @@ use std::sync::Arc;
 use warpstep::Error;
 use warpstep::bench::ceilings::{Ceilings, Sizes};
 use warpstep::bench::derive::derive;
+use warpstep::bench::loading;
 use warpstep::bench::model::{self, Options};
 use warpstep::bench::report::Report;
-use warpstep::bench::samples::{Effort, Row};
+use warpstep::bench::samples::{Effort, Floor, Row};
 use warpstep::bench::synthetic;
-use warpstep::engine::{Engine, EngineOptions, ModelSource};
+use warpstep::engine::{EngineOptions, ModelSource};
 use warpstep::model::nextstep::NextStep;
 
-/// Time a model: last-token latency by part and position, prompt, VAE, pictures; each next to its floor.
+/// Time a model: loading, last-token latency by part and position, prompt, VAE, pictures; each next to its floor.
 ///
-/// Without --model, weights of true shapes are made on the device at random. Without a GPU, --derive counts the bytes
+/// With --model it is loaded twice, so that no disk is waited for the second time; the floor of that is the slower of
+/// reading the files with as many threads and of copying pinned memory to the device, in the same run. Without --model, weights of true shapes are made on the device at random. Without a GPU, --derive counts the bytes
 /// of one token of the 14B and prints what they cost at a stated bandwidth.
 #[derive(Args)]
 pub struct Bench {
@@ -87,6 +90,9 @@ pub struct Bench {
     measured: Measured,
 
     #[command(flatten)]
+    loading: LoadArgs,
+
+    #[command(flatten)]
     device: DeviceArgs,
 }
 
@@ -99,14 +105,19 @@ impl Bench {
         let device = self.device.open()?;
         let kind = device.info().kind;
         let options = self.options(kind, if kind == "cuda" { "14b" } else { "tiny" })?;
+        let engine_options = EngineOptions {
+            dtype: self.precision.into(),
+            kernels: options.kernels.clone(),
+            ..self.loading.options()
+        };
+        let mut loads = Vec::new();
         let (model, name) = match &self.model {
             Some(dir) => {
-                let engine_options = EngineOptions {
-                    dtype: self.precision.into(),
-                    kernels: options.kernels.clone(),
-                    ..EngineOptions::default()
-                };
-                let engine = Engine::load(&ModelSource::Dir(dir.clone()), device.clone(), engine_options)?;
+                let source = ModelSource::Dir(dir.clone());
+                // Gone before the second, whose weights take its place.
+                loads.push(load(&source, device.clone(), engine_options.clone())?.loading());
+                let engine = load(&source, device.clone(), engine_options.clone())?;
+                loads.push(engine.loading());
                 (engine.model(), engine.name().to_owned())
             }
             None => {
@@ -122,17 +133,24 @@ impl Bench {
         // The copy's buffers beside the weights: they are gone before a generation allocates.
         let ceilings = Ceilings::measure(&device, &options.effort, Sizes::for_device(device.as_ref()))?;
         let mut show = |row: &Row| {
+            let (test, ms) = (&row.test, row.median());
             if row.samples_ms.is_empty() {
-                eprintln!("{}: {}", row.test, row.note);
+                eprintln!("{test}: {}", row.note);
             } else if row.bytes == 0 {
-                eprintln!("{}: {:.3} ms", row.test, row.median());
+                eprintln!("{test}: {ms:.3} ms");
+            } else if row.floor == Floor::Copy {
+                eprintln!("{test}: {ms:.3} ms, {:.3} of copy", row.gb_per_s() / ceilings.copy.gb_per_s());
             } else {
-                let ratio = row.gb_per_s() / ceilings.copy.gb_per_s();
-                eprintln!("{}: {:.3} ms, {ratio:.3} of copy", row.test, row.median());
+                eprintln!("{test}: {ms:.3} ms, {:.2} GB/s, {}", row.gb_per_s(), row.note);
             }
         };
         ceilings.rows().into_iter().for_each(&mut show);
-        let rows = model::run(&device, &model, &options, &ceilings, &mut show)?;
+        let mut rows = match &self.model {
+            Some(dir) => loading::measure(dir, &device, &engine_options, &loads, &options.effort)?,
+            None => vec![loading::nothing()],
+        };
+        rows.iter().for_each(&mut show);
+        rows.extend(model::run(&device, &model, &options, &ceilings, &mut show)?);
         header.card.extend(crate::measured::card().into_iter().skip(1).map(|line| format!("after: {line}")));
         self.measured.write(&Report { header, ceilings, rows })?;
         Ok(ExitCode::SUCCESS)

@@ -1,6 +1,7 @@
 //! `warpstep complete`: a text in, its continuation out.
 
 use crate::args::{DeviceArgs, Precision};
+use crate::loading::{LoadArgs, load};
 use crate::picture::{PictureArgs, read_picture};
 use anyhow::{Context, Result};
 use clap::Args;
@@ -10,7 +11,7 @@ use std::path::PathBuf;
 use std::process::ExitCode;
 use std::sync::Arc;
 use warpstep::Error;
-use warpstep::engine::{Engine, EngineOptions, ModelSource};
+use warpstep::engine::{EngineOptions, ModelSource};
 use warpstep::event::{CancelToken, Control, Event};
 use warpstep::text::{RandomSampling, TextEnd, TextRequest, TextSampling};
 
@@ -75,13 +76,12 @@ pub struct Complete {
     #[arg(long, value_enum, default_value = "bf16")]
     precision: Precision,
 
-    /// Read copies of the weight files instead of mapping them.
-    #[arg(long)]
-    no_mmap: bool,
-
     /// Print a JSON description of the result on stdout instead of the text alone.
     #[arg(long)]
     json: bool,
+
+    #[command(flatten)]
+    loading: LoadArgs,
 
     #[command(flatten)]
     device: DeviceArgs,
@@ -137,13 +137,12 @@ impl Complete {
         };
         let options = EngineOptions {
             dtype: self.precision.into(),
-            mmap: !self.no_mmap,
             vae: self.vae.clone(),
             kernels: self.device.selection()?,
             text: true,
-            ..EngineOptions::default()
+            ..self.loading.options()
         };
-        let engine = Arc::new(Engine::load(&source, self.device.open()?, options)?);
+        let engine = Arc::new(load(&source, self.device.open()?, options)?);
         let plan = engine.plan_text(&request)?;
         let how = match &request.sampling {
             TextSampling::Greedy => "greedy".to_owned(),

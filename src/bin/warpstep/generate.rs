@@ -1,6 +1,7 @@
 //! `warpstep generate`: a caption in, PNGs out; and what `warpstep edit` shares with it.
 
 use crate::args::{DeviceArgs, Precision, parse_size};
+use crate::loading::{LoadArgs, load};
 use crate::outputs::{check_output, numbered, with_number};
 use crate::prompts::{Prompt, read_prompts};
 use crate::think::{ThinkArgs, Thought};
@@ -146,10 +147,6 @@ pub struct Options {
     #[arg(long, value_name = "FILE")]
     save_tokens: Option<PathBuf>,
 
-    /// Read copies of the weight files instead of mapping them.
-    #[arg(long)]
-    no_mmap: bool,
-
     /// Store no parameters in the PNG.
     #[arg(long)]
     no_metadata: bool,
@@ -169,6 +166,9 @@ pub struct Options {
 
     #[command(flatten)]
     think: ThinkArgs,
+
+    #[command(flatten)]
+    loading: LoadArgs,
 
     #[command(flatten)]
     device: DeviceArgs,
@@ -267,15 +267,14 @@ impl Options {
         };
         let options = EngineOptions {
             dtype: self.precision.into(),
-            mmap: !self.no_mmap,
             vae: self.vae.clone(),
             kernels: self.device.selection()?,
             text: self.think.writes(),
-            ..EngineOptions::default()
+            ..self.loading.options()
         };
         Ok(Arc::new(match self.plan {
             true => Engine::for_planning(&source, self.device.planned_sm_count()?, options)?,
-            false => Engine::load(&source, self.device.open()?, options)?,
+            false => load(&source, self.device.open()?, options)?,
         }))
     }
 

@@ -10,6 +10,7 @@ mod generate;
 mod inspect;
 mod kernels;
 mod kernels_bench;
+mod loading;
 mod measured;
 mod outputs;
 mod picture;
@@ -69,7 +70,7 @@ fn main() -> ExitCode {
         Err(error) => {
             eprintln!("error: {error:#}");
             match error.downcast_ref::<Error>() {
-                Some(Error::Cancelled { .. }) => ExitCode::from(130),
+                Some(Error::Cancelled { .. } | Error::LoadCancelled { .. }) => ExitCode::from(130),
                 Some(Error::InvalidRequest { .. }) => ExitCode::from(2),
                 _ => ExitCode::FAILURE,
             }

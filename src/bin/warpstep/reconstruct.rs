@@ -1,6 +1,7 @@
 //! `warpstep reconstruct`: pictures through the VAE and back, and what is lost on the way.
 
 use crate::args::{DeviceArgs, Precision};
+use crate::loading::{LoadArgs, load};
 use crate::outputs::{check_output, numbered};
 use crate::picture::{PictureArgs, expand_folders, read_picture};
 use anyhow::{Context, Result};
@@ -8,7 +9,7 @@ use clap::Args;
 use std::path::PathBuf;
 use std::process::ExitCode;
 use std::sync::Arc;
-use warpstep::engine::{Engine, EngineOptions, ModelSource};
+use warpstep::engine::{EngineOptions, ModelSource};
 use warpstep::image::write_png;
 use warpstep::metrics::{psnr, ssim};
 use warpstep::reconstruct::{ChannelStats, LatentNoise, reconstruct};
@@ -60,6 +61,9 @@ pub struct Reconstruct {
     pictures: PictureArgs,
 
     #[command(flatten)]
+    loading: LoadArgs,
+
+    #[command(flatten)]
     device: DeviceArgs,
 }
 
@@ -85,9 +89,9 @@ impl Reconstruct {
             dtype: self.precision.into(),
             vae: self.vae.clone(),
             kernels: self.device.selection()?,
-            ..EngineOptions::default()
+            ..self.loading.options()
         };
-        let engine = Arc::new(Engine::load(&source, self.device.open()?, options)?);
+        let engine = Arc::new(load(&source, self.device.open()?, options)?);
         let noise = LatentNoise { sigma: self.noise, seed: self.seed };
         let images = expand_folders(&self.images)?;
         let mut rows = Vec::new();

@@ -2,11 +2,12 @@
 
 use super::graph::{CudaExecutable, attributes};
 use super::shared::{Shared, lock};
+use super::staging::Lease;
 use super::sys::{
     EVENT_DEFAULT, EVENT_DISABLE_TIMING, EventHandle, LaunchConfig, NOT_READY, STREAM_NON_BLOCKING,
     StreamHandle,
 };
-use crate::device::{DevicePtr, Event, Executable, Node, NodeList, Span, Stream, nvtx};
+use crate::device::{DevicePtr, Event, Executable, Node, NodeList, Span, Stream, check_staging, nvtx};
 use crate::error::{Error, Result};
 use std::any::Any;
 use std::ffi::c_uint;
@@ -52,9 +53,22 @@ impl Drop for CudaStream {
 }
 
 impl Stream for CudaStream {
-    fn upload(&mut self, dst: DevicePtr, bytes: &[u8]) -> Result<()> {
-        let _entered = self.shared.enter()?;
-        lock(&self.shared.ring).upload(&self.shared, self.handle, dst.0, bytes)
+    fn upload_with(
+        &mut self,
+        dst: DevicePtr,
+        bytes: usize,
+        fill: &mut dyn FnMut(&mut [u8]) -> Result<()>,
+    ) -> Result<()> {
+        check_staging(bytes)?;
+        let shared = &self.shared;
+        let mut lease = {
+            let _entered = shared.enter()?;
+            Lease::take(shared)?
+        };
+        // Neither the ring's lock nor the context is held meanwhile: the caller's code may need both.
+        fill(lease.bytes(bytes))?;
+        let _entered = shared.enter()?;
+        lease.copy(self.handle, dst.0, bytes)
     }
 
     fn download(&mut self, src: DevicePtr, bytes: &mut [u8]) -> Result<()> {

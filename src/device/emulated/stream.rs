@@ -2,7 +2,7 @@
 
 use super::ffi::{self, Kernel, RawSpan};
 use super::{ReplayOrder, Shared, audit, build_kind, host_pointer, lock};
-use crate::device::{DevicePtr, Event, Executable, Node, NodeList, Span, Stream, nvtx};
+use crate::device::{DevicePtr, Event, Executable, Node, NodeList, Span, Stream, check_staging, nvtx};
 use crate::error::{Error, Result};
 use std::any::Any;
 use std::collections::HashMap;
@@ -14,6 +14,9 @@ pub(super) struct EmulatedStream {
     /// Symbols looked up so far.
     kernels: HashMap<&'static str, Kernel>,
     replays: u64,
+    /// What [`Stream::upload_with`] hands out. Not the destination itself, which safe code could free or write to
+    /// while it fills.
+    staging: Vec<u8>,
 }
 
 /// The list itself, with its kernels looked up.
@@ -65,7 +68,7 @@ impl Event for Passed {
 
 impl EmulatedStream {
     pub(super) fn new(shared: Arc<Shared>) -> EmulatedStream {
-        EmulatedStream { shared, kernels: HashMap::new(), replays: 0 }
+        EmulatedStream { shared, kernels: HashMap::new(), replays: 0, staging: Vec::new() }
     }
 
     fn kernel(&mut self, node: &Node) -> Result<Kernel> {
@@ -146,6 +149,24 @@ impl EmulatedStream {
 }
 
 impl Stream for EmulatedStream {
+    fn upload_with(
+        &mut self,
+        dst: DevicePtr,
+        bytes: usize,
+        fill: &mut dyn FnMut(&mut [u8]) -> Result<()>,
+    ) -> Result<()> {
+        check_staging(bytes)?;
+        self.shared.check()?;
+        if self.staging.len() < bytes {
+            self.staging.resize(bytes, 0);
+        }
+        fill(&mut self.staging[..bytes])?;
+        let target = self.resolve(dst, bytes, "upload")?;
+        // SAFETY: as in `upload`.
+        unsafe { target.copy_from_nonoverlapping(self.staging.as_ptr(), bytes) };
+        Ok(())
+    }
+
     fn upload(&mut self, dst: DevicePtr, bytes: &[u8]) -> Result<()> {
         let target = self.resolve(dst, bytes.len(), "upload")?;
         // SAFETY: `resolve` found the range inside a live allocation, which no host slice overlaps.

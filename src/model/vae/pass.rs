@@ -6,7 +6,7 @@ use crate::error::{Error, Result};
 use crate::model::upload::Uploader;
 use crate::ops::{self, Launch};
 use crate::reference::conv2d::{Resample, Shape as ConvShape};
-use crate::weights::{Part, VaeWeights, convert};
+use crate::weights::{Part, VaeWeights};
 use std::collections::HashMap;
 
 /// Name of the identity that stores a norm; no checkpoint has it.
@@ -28,30 +28,26 @@ impl Tensors {
         for spec in weights.specs().iter().filter(|spec| spec.part == part) {
             let view = weights.get(&spec.name)?;
             let label = format!("vae.{}", spec.name);
-            let span = if up.is_random() {
-                // As many values in whichever order.
-                up.one(&label, &view)?
-            } else {
-                up.values(&label, view.elements(), || {
-                    let values = convert::to_f32(&view)?;
-                    match *spec.shape.as_slice() {
-                        [o, i, kh, kw] => convert::conv_to_ohwi(&values, [o, i, kh, kw]),
-                        _ => Ok(values),
-                    }
-                })?
+            let span = match *spec.shape.as_slice() {
+                // Random ones are as many values in whichever order.
+                [o, i, kh, kw] if !up.is_random() => up.convolution(&label, &view, [o, i, kh, kw])?,
+                _ => up.one(&label, &view)?,
             };
             tensors.insert(spec.name.clone(), span);
         }
         // The probe of norm_out is a convolution by one.
-        let one = |i: usize| f32::from(u8::from(i.is_multiple_of(channels + 1)));
-        let mut probe = |what: &str, count: usize, value: &dyn Fn(usize) -> f32| -> Result<()> {
-            let name = format!("{PROBE}.{what}");
-            let span = up.values(&format!("vae.{name}"), count, || Ok((0..count).map(value).collect()))?;
-            tensors.insert(name, span);
-            Ok(())
-        };
-        probe("weight", channels * channels, &one)?;
-        probe("bias", channels, &|_| 0.0)?;
+        let mut probe =
+            |what: &str, rows: usize, value: &(dyn Fn(usize, usize) -> f32 + Sync)| -> Result<()> {
+                let name = format!("{PROBE}.{what}");
+                let span = up.rows(&format!("vae.{name}"), (rows, channels), |row, out| {
+                    out.extend((0..channels).map(|column| value(row, column)));
+                    Ok(())
+                })?;
+                tensors.insert(name, span);
+                Ok(())
+            };
+        probe("weight", channels, &|row, column| f32::from(u8::from(row == column)))?;
+        probe("bias", 1, &|_, _| 0.0)?;
         Ok(Tensors(tensors))
     }
 
