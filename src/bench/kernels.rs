@@ -164,7 +164,7 @@ impl Bench {
     pub fn note(&self) -> String {
         format!(
             "hot: every launch on the same buffers; cold: launches take turns over copies of all buffers, and at least \
-             {:.1} MB, twice the L2 cache, are read between two uses of one",
+             {:.3} MB, twice the L2 cache, are read between two uses of one",
             2.0 * self.l2_bytes as f64 / 1e6
         )
     }
@@ -234,7 +234,7 @@ impl Bench {
             note,
         };
         let held: usize = copies.iter().map(|copy| copy.rig.held_bytes()).sum();
-        let mb = |bytes: u64| format!("{:.1} MB", bytes as f64 / 1e6);
+        let mb = |bytes: u64| format!("{:.3} MB", bytes as f64 / 1e6);
         let mut cold_note =
             format!("{} launches over {} copies of {} in all", plan.launches, plan.copies, mb(held as u64));
         if plan.between > 0 {
