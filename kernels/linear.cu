@@ -12,13 +12,8 @@
 
 template <class E, Loop LOOP>
 DEV void linear(const LinearParams& p) {
-  const E* w = ptr<const E>(p.w);
   const E* bias = ptr<const E>(p.bias);
-  auto weight = [&](uint32_t unit, uint32_t which) -> const E* {
-    const uint32_t out = unit * 2 + which;
-    return out < p.outputs ? w + size_t(out) * p.inner : nullptr;
-  };
-  auto emit_one = [&](uint32_t row, uint32_t out, float sum) {
+  auto emit = [&](uint32_t row, uint32_t out, float sum) {
     float y = round_to<E>(bias ? sum + to_f32(bias[out]) : sum);
     if (p.silu) y = round_to<E>(silu(y));
     const size_t at = size_t(row) * p.outputs + out;
@@ -28,15 +23,11 @@ DEV void linear(const LinearParams& p) {
       ptr<E>(p.y)[at] = from_f32<E>(y);
     }
   };
-  auto emit = [&](uint32_t row, uint32_t unit, float a, float b) {
-    emit_one(row, unit * 2, a);
-    if (unit * 2 + 1 < p.outputs) emit_one(row, unit * 2 + 1, b);
-  };
 
   const Product shape = {p.rows, p.inner, (p.outputs + 1) / 2, p.inner % 8 == 0 && aligned16(p.x | p.w),
                          p.w,    p.partial, p.arrivals};
   auto activations = [&] { return Raw<E>{ptr<const E>(p.x)}; };
-  product<LOOP, E>(shape, activations, weight, emit);
+  row_product<LOOP, E>(shape, p.outputs, activations, emit);
 }
 
 KERNEL(linear_plain_f32, LinearParams, 256, 2) { linear<float, Loop::kPlain>(p); }

@@ -5,35 +5,29 @@
  *
  * Rounded to E: the normalised x, h, the logits (a Linear stores them so, and greedy text breaks ties among rounded
  * values). Accumulation in float. Bound at 14B: 1.56 GB of bf16 weights per text token; image tokens never run it.
- * A unit (gemv.cuh) is two neighbouring logits. Variants: plain.
+ * A unit (gemv.cuh) is two neighbouring logits. Variants: plain, also where the embedding table is the weight; from
+ * packed weights stream, ring and mma: product.cuh.
  */
 #include "final_norm.cuh"
+#include "product.cuh"
 
-template <class E>
+template <class E, Loop LOOP>
 DEV void lm_head(const LmHeadParams& p) {
-  const E* w = ptr<const E>(p.w);
   float* logits = ptr<float>(p.logits);
-  auto weight = [&](uint32_t unit, uint32_t which) -> const E* {
-    const uint32_t out = unit * 2 + which;
-    return out < p.vocab ? w + size_t(out) * p.hidden : nullptr;
-  };
-  auto emit = [&](uint32_t row, uint32_t unit, float a, float b) {
-    const uint32_t out = unit * 2;
-    float* to = logits + size_t(row) * p.vocab + out;
-    to[0] = round_to<E>(a);
-    if (out + 1 < p.vocab) to[1] = round_to<E>(b);
-  };
+  auto emit = [&](uint32_t row, uint32_t out, float sum) { logits[size_t(row) * p.vocab + out] = round_to<E>(sum); };
 
-  const uint32_t units = (p.vocab + 1) / 2;
-  griddep_launch();
-  gemv_prefetch<E>(p.hidden, units, weight);
-  griddep_wait();
-  const Normed<E> h{ptr<const float>(p.x), ptr<const E>(p.norm_w), nullptr, p.eps};
-  if (p.norm_out)
-    write_norm(ptr<E>(p.norm_out), h, p.rows, p.hidden, p.hidden % 8 == 0 && aligned16(p.x));
-  const bool vec = p.hidden % 8 == 0 && aligned16(p.x | p.norm_w | p.w);
-  gemv<E>(h, p.rows, p.hidden, units, vec, weight, emit);
+  const Product shape = {p.rows, p.hidden, (p.vocab + 1) / 2, p.hidden % 8 == 0 && aligned16(p.x | p.norm_w | p.w),
+                         p.w,    p.partial, p.arrivals};
+  auto activations = [&] {
+    const Normed<E> h{ptr<const float>(p.x), ptr<const E>(p.norm_w), nullptr, p.eps};
+    write_norm(ptr<E>(p.norm_out), h, p.rows, p.hidden);
+    return h;
+  };
+  row_product<LOOP, E>(shape, p.vocab, activations, emit);
 }
 
-KERNEL(lm_head_plain_f32, LmHeadParams, 256, 2) { lm_head<float>(p); }
-KERNEL(lm_head_plain_bf16, LmHeadParams, 256, 2) { lm_head<bf16>(p); }
+KERNEL(lm_head_plain_f32, LmHeadParams, 256, 2) { lm_head<float, Loop::kPlain>(p); }
+KERNEL(lm_head_plain_bf16, LmHeadParams, 256, 2) { lm_head<bf16, Loop::kPlain>(p); }
+KERNEL(lm_head_stream_bf16, LmHeadParams, 256, 2) { lm_head<bf16, Loop::kStream>(p); }
+KERNEL(lm_head_ring_bf16, LmHeadParams, 256, 2) { lm_head<bf16, Loop::kRing>(p); }
+KERNEL(lm_head_mma_bf16, LmHeadParams, 256, 1) { lm_head<bf16, Loop::kMma>(p); }

@@ -78,7 +78,7 @@ DEV void mma_product(const Product& p, Activations activations, Emit emit) {
         const uint32_t in_tile = at % (kMmaSteps * kStepBytes), step = chunk * kMmaSteps + in_tile / kStepBytes;
         const bool exists = tile < tiles && step < steps;
         const size_t from = (size_t(exists ? tile : 0) * steps + (exists ? step : 0)) * kStepBytes;
-        cp_async16(to + at, ptr<const unsigned char>(p.packed) + from + in_tile % kStepBytes, exists);
+        cp_async16(to + at, ptr<const unsigned char>(p.w) + from + in_tile % kStepBytes, exists);
       }
     }
     cp_async_commit();

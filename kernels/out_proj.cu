@@ -12,18 +12,10 @@
 
 template <class E, Loop LOOP>
 DEV void out_proj(const OutProjParams& p) {
-  const E* w = ptr<const E>(p.w);
   const E* bias = ptr<const E>(p.bias);
   E* c = ptr<E>(p.c);
-  auto weight = [&](uint32_t unit, uint32_t which) -> const E* {
-    const uint32_t out = unit * 2 + which;
-    return out < p.hidden ? w + size_t(out) * p.hidden : nullptr;
-  };
-  auto emit = [&](uint32_t row, uint32_t unit, float a, float b) {
-    const uint32_t out = unit * 2;
-    E* to = c + size_t(row) * p.hidden + out;
-    to[0] = from_f32<E>(a + to_f32(bias[out]));
-    if (out + 1 < p.hidden) to[1] = from_f32<E>(b + to_f32(bias[out + 1]));
+  auto emit = [&](uint32_t row, uint32_t out, float sum) {
+    c[size_t(row) * p.hidden + out] = from_f32<E>(sum + to_f32(bias[out]));
   };
 
   const Product shape = {p.rows,
@@ -35,8 +27,7 @@ DEV void out_proj(const OutProjParams& p) {
                          p.arrivals};
   auto activations = [&] {
     Normed<E> h{ptr<const float>(p.x), ptr<const E>(p.norm_w), nullptr, p.eps};
-    if (p.norm_out)
-      write_norm(ptr<E>(p.norm_out), h, p.rows, p.hidden, p.hidden % 8 == 0 && aligned16(p.x));
+    write_norm(ptr<E>(p.norm_out), h, p.rows, p.hidden);
     if (p.pos_embed) {
       const uint32_t token = ptr<const GenerationState>(p.state)->token;
       /* The table ends before the image does only if the request was not checked: no row is added then. */
@@ -44,7 +35,7 @@ DEV void out_proj(const OutProjParams& p) {
     }
     return h;
   };
-  product<LOOP, E>(shape, activations, weight, emit);
+  row_product<LOOP, E>(shape, p.hidden, activations, emit);
 }
 
 KERNEL(out_proj_plain_f32, OutProjParams, 256, 2) { out_proj<float, Loop::kPlain>(p); }

@@ -25,7 +25,7 @@ enum class Loop { kPlain, kTile, kStream, kRing, kMma };
 struct Product {
   uint32_t rows, inner, units;
   bool vec;         /* as for gemv */
-  uint64_t packed;  /* [tiles, K / 32, 512] bf16 */
+  uint64_t w;       /* [units, 2, K] E as stored, or packed [tiles, K / 32, 512] bf16 */
   uint64_t partial, arrivals; /* stream.cuh */
 };
 

@@ -126,9 +126,11 @@ typedef struct {
 typedef struct {
   uint64_t x;        /* [S, D] float */
   uint64_t norm_w;   /* [D] E */
-  uint64_t w;        /* [V, D] E */
+  uint64_t w;        /* [V, D] E; packed for stream, ring and mma */
   uint64_t norm_out; /* [S, D] E, written: h; optional */
   uint64_t logits;   /* [S, V] float, written: rounded to E, then widened */
+  uint64_t partial;  /* [groups of 8 rows, blocks, 2, 128] float: sums of tiles that blocks share; stream, ring */
+  uint64_t arrivals; /* [groups of 8 rows, blocks] uint32, zero before and after every launch; stream, ring */
   uint32_t rows, hidden, vocab;
   float eps;
 } LmHeadParams;

@@ -3,9 +3,9 @@
  *   sum[m, u, half] = dot(weight(u, half), h[m, :])       for rows m and units u (gemv.cuh); then emit(m, u, sums)
  *
  *   plain, tile          any shape, float or bf16, weights row by row as stored: weight(unit, half)
- *   stream, ring, mma    bf16, K a multiple of 32, weights packed (packed.cuh): Product::packed
+ *   stream, ring, mma    bf16, K a multiple of 32, weights packed (packed.cuh): Product::w
  *
- * One epilogue serves all of them.
+ * One epilogue serves all of them. Where every weight row is an output of its own, row_product pairs them.
  */
 #pragma once
 #include "gemm_tile.cuh"
@@ -37,4 +37,21 @@ DEV void product(const Product& p, Activations activations, Weight weight, Emit 
       gemm_tile<E>(h, p.rows, p.inner, p.units, p.vec, weight, emit);
     }
   }
+}
+
+/* The product whose outputs are the rows of one matrix [outputs, K] at p.w: a unit is two neighbouring rows, the last
+ * one of an odd matrix has one. emit_one(row, output, sum). */
+template <Loop LOOP, class E, class Activations, class EmitOne>
+DEV void row_product(const Product& p, uint32_t outputs, Activations activations, EmitOne emit_one) {
+  const E* w = ptr<const E>(p.w);
+  const uint32_t inner = p.inner;
+  auto weight = [=](uint32_t unit, uint32_t which) -> const E* {
+    const uint32_t out = unit * 2 + which;
+    return out < outputs ? w + size_t(out) * inner : nullptr;
+  };
+  auto emit = [=](uint32_t row, uint32_t unit, float a, float b) {
+    emit_one(row, unit * 2, a);
+    if (unit * 2 + 1 < outputs) emit_one(row, unit * 2 + 1, b);
+  };
+  product<LOOP, E>(p, activations, weight, emit);
 }

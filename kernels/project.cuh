@@ -10,22 +10,14 @@
 
 template <class E, Loop LOOP>
 DEV void project(const ProjectParams& p) {
-  const E* w = ptr<const E>(p.w);
   const E* bias = ptr<const E>(p.bias);
   float* x = ptr<float>(p.x);
-  auto weight = [&](uint32_t unit, uint32_t which) -> const E* {
-    const uint32_t out = unit * 2 + which;
-    return out < p.hidden ? w + size_t(out) * p.inner : nullptr;
-  };
-  auto emit = [&](uint32_t row, uint32_t unit, float a, float b) {
-    const uint32_t out = unit * 2;
-    float* to = x + size_t(row) * p.hidden + out;
-    to[0] += round_to<E>(bias ? a + to_f32(bias[out]) : a);
-    if (out + 1 < p.hidden) to[1] += round_to<E>(bias ? b + to_f32(bias[out + 1]) : b);
+  auto emit = [&](uint32_t row, uint32_t out, float sum) {
+    x[size_t(row) * p.hidden + out] += round_to<E>(bias ? sum + to_f32(bias[out]) : sum);
   };
 
   const Product shape = {p.rows, p.inner, (p.hidden + 1) / 2, p.inner % 8 == 0 && aligned16(p.in | p.w),
                          p.w,    p.partial, p.arrivals};
   auto activations = [&] { return Raw<E>{ptr<const E>(p.in)}; };
-  product<LOOP, E>(shape, activations, weight, emit);
+  row_product<LOOP, E>(shape, p.hidden, activations, emit);
 }

@@ -277,7 +277,7 @@ DEV void stream(const Product& p, Activations activations, Emit emit) {
               mine = share_of(block, warp_id(), kWarps);
   const uint32_t bytes = staged_bytes(p.rows, p.inner);
   Source source;
-  begin(source, ptr<const unsigned char>(p.packed), mine, reinterpret_cast<unsigned char*>(staged) + bytes,
+  begin(source, ptr<const unsigned char>(p.w), mine, reinterpret_cast<unsigned char*>(staged) + bytes,
         ring_stages(bytes));
   griddep_wait();
 

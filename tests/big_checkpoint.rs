@@ -96,7 +96,8 @@ struct Seen {
 
 impl Device for Sink {
     fn info(&self) -> DeviceInfo {
-        DeviceInfo { kind: "emulated", name: "sink".into(), sm_count: HOPPER_SMS, memory_bytes: None }
+        let name = "sink".into();
+        DeviceInfo { kind: "emulated", name, sm_count: HOPPER_SMS, memory_bytes: None, l2_bytes: None }
     }
 
     fn alloc(&self, bytes: usize, _label: &str) -> Result<Buffer> {

@@ -53,6 +53,12 @@ impl Bench {
         span
     }
 
+    fn scratch(&mut self, rows: usize) -> Option<ProductScratch> {
+        let (floats, counters) = ProductScratch::sizes(132, rows);
+        let (partial, arrivals) = (self.zeros("partial", floats * 4), self.zeros("arrivals", counters * 4));
+        Some(ProductScratch { partial, arrivals })
+    }
+
     fn run(&mut self, node: &Node) -> LaunchAudit {
         self.device.take_audit();
         self.stream.launch(node).unwrap();
@@ -92,11 +98,6 @@ fn decoder_layer(bench: &mut Bench, variant: &str, row_counts: &[usize]) {
     let chosen = ["qkv", "o_proj", "gate_up", "down", "out_proj"].map(|op| format!("{op}={variant}"));
     let selection = Selection::parse(&chosen).unwrap();
     let launch = Launch { selection: &selection, dtype: DType::Bf16, sm_count: 132, dependent: false };
-    let scratch = |bench: &mut Bench, rows: usize| {
-        let (floats, counters) = ProductScratch::sizes(132, rows);
-        let (partial, arrivals) = (bench.zeros("partial", floats * 4), bench.zeros("arrivals", counters * 4));
-        Some(ProductScratch { partial, arrivals })
-    };
     let tiles = |span: Span| Weight { span, layout: Layout::Tiles };
     let qkv_rows = (HEADS_Q + 2 * HEADS_KV) * HEAD_DIM;
     let w_qkv = bench.zeros("w_qkv", qkv_rows * HIDDEN * E);
@@ -108,7 +109,7 @@ fn decoder_layer(bench: &mut Bench, variant: &str, row_counts: &[usize]) {
     let norm_w = bench.zeros("norm_w", HIDDEN * E);
     let rope = bench.zeros("rope", CAPACITY * HEAD_DIM * 4);
     for &rows in row_counts {
-        let scratch = scratch(bench, rows);
+        let scratch = bench.scratch(rows);
         let x = bench.zeros("x", rows * HIDDEN * 4);
         let row_seq = bench.indices("row_seq", &(0..rows as u32).collect::<Vec<_>>());
         let row_pos = bench.indices("row_pos", &vec![17; rows]);
@@ -200,25 +201,33 @@ fn decoder_layer(bench: &mut Bench, variant: &str, row_counts: &[usize]) {
     }
 }
 
+/// Both ways of loading packed weights, and `plain`, which reads a tied embedding table.
 #[test]
 fn the_lm_head_reads_its_weights_once() {
     const VOCAB: usize = 152_064;
     let Some(mut bench) = Bench::new() else { return };
-    let selection = Selection::default();
-    let launch = Launch { selection: &selection, dtype: DType::Bf16, sm_count: 132, dependent: false };
-    let lm_head = ops::lm_head::Args {
-        x: bench.zeros("x", HIDDEN * 4),
-        norm_w: bench.zeros("norm_w", HIDDEN * E),
-        w: bench.zeros("w_lm_head", VOCAB * HIDDEN * E),
-        norm_out: None,
-        logits: bench.zeros("logits", VOCAB * 4),
-        rows: 1,
-        hidden: HIDDEN,
-        vocab: VOCAB,
-        eps: 1e-5,
-    };
-    let audit = bench.run(&ops::lm_head::node(&launch, "lm_head", &lm_head).unwrap());
-    bench.expect(&audit, "w_lm_head", lm_head.w.bytes, ONCE);
+    let norm_w = bench.zeros("norm_w", HIDDEN * E);
+    // Of zeros, it is the same packed.
+    let w = bench.zeros("w_lm_head", VOCAB * HIDDEN * E);
+    for (variant, rows) in [("plain", 1), ("stream", 2), ("ring", 1)] {
+        let selection = Selection::one(&ops::lm_head::OP, variant).unwrap();
+        let launch = Launch { selection: &selection, dtype: DType::Bf16, sm_count: 132, dependent: false };
+        let lm_head = ops::lm_head::Args {
+            x: bench.zeros("x", rows * HIDDEN * 4),
+            norm_w,
+            w: Weight { span: w, layout: Layout::of_variant(variant) },
+            norm_out: None,
+            logits: bench.zeros("logits", rows * VOCAB * 4),
+            rows,
+            hidden: HIDDEN,
+            vocab: VOCAB,
+            eps: 1e-5,
+            scratch: bench.scratch(rows),
+        };
+        let label = format!("lm_head {variant}");
+        let audit = bench.run(&ops::lm_head::node(&launch, &label, &lm_head).unwrap());
+        bench.expect(&audit, "w_lm_head", w.bytes, ONCE);
+    }
 }
 
 #[test]
@@ -232,8 +241,6 @@ fn the_flow_head_reads_modulations_once_and_the_chain_once_per_evaluation() {
     let cond_in = bench.zeros("cond_in", rows * HIDDEN * E);
     let w_cond = bench.zeros("w_cond", WIDTH * HIDDEN * E);
     let cond = bench.zeros("cond", rows * WIDTH * E);
-    let (floats, counters) = ProductScratch::sizes(132, rows);
-    let (partial, arrivals) = (bench.zeros("partial", floats * 4), bench.zeros("arrivals", counters * 4));
     let linear = ops::linear::Args {
         x: cond_in,
         w: Weight { span: w_cond, layout: Layout::Tiles },
@@ -244,7 +251,7 @@ fn the_flow_head_reads_modulations_once_and_the_chain_once_per_evaluation() {
         inner: HIDDEN,
         silu: false,
         out_f32: false,
-        scratch: Some(ProductScratch { partial, arrivals }),
+        scratch: bench.scratch(rows),
     };
     let audit = bench.run(&ops::linear::node(&launch, "cond_embed", &linear).unwrap());
     bench.expect(&audit, "w_cond", w_cond.bytes, ONCE);

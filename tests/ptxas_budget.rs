@@ -72,7 +72,7 @@ fn packed_products_fit_an_sm_as_designed() {
         return;
     }
     let resources = cubins::resources();
-    for op in ["qkv", "o_proj", "gate_up", "down", "out_proj", "linear"] {
+    for op in ["qkv", "o_proj", "gate_up", "down", "out_proj", "linear", "lm_head"] {
         for (variant, registers, shared) in [("stream", 128, 2048), ("ring", 128, 2048), ("mma", 255, 1280)] {
             let symbol = format!("{op}_{variant}_bf16");
             let kernel =

@@ -2,7 +2,7 @@
 //! read-only stream and a large bf16 product, each by kernels of our own.
 
 use super::samples::{Effort, Row, time};
-use crate::device::{Buffer, Device, Node, Span, Stream};
+use crate::device::{Buffer, Device, Node, Stream};
 use crate::error::{Error, Result};
 use crate::ops::bench::{self, Random};
 use crate::ops::product::{Layout, ProductScratch, Weight};
@@ -159,12 +159,4 @@ fn gemm(device: &Arc<dyn Device>, effort: &Effort, side: usize) -> Result<Row> {
         note: "fastest of our own kernels".into(),
         ..Row::default()
     })
-}
-
-/// A span that is written before each cold run, larger than the L2 cache of any Hopper GPU.
-pub(super) fn flush_span(device: &Arc<dyn Device>) -> Result<(Buffer, Span)> {
-    let bytes = if device.info().kind == "cuda" { 256 << 20 } else { 1 << 16 };
-    let buffer = device.alloc(bytes, "bench.flush")?;
-    let span = buffer.span();
-    Ok((buffer, span))
 }

@@ -2,7 +2,7 @@
 //! that both are ratios of; and, where there is no GPU, counting: the bytes that a token must move, from its nodes.
 //!
 //! The protocol: ceilings first, warm-up, at least 100 timed repeats with the device's own clock, medians with p10 and
-//! p90, random data and never zeros, caches flushed or said to be hot. On the emulated device everything runs too, and
+//! p90, random data and never zeros, caches cold or said to be hot. On the emulated device everything runs too, and
 //! says that its times mean nothing.
 
 pub mod bytes;

@@ -14,9 +14,11 @@ use crate::model::run::Run;
 use crate::model::sources::Sources;
 use crate::ops::bench::{self, Random};
 use crate::ops::params::GenerationState;
+use crate::ops::product::{Layout, ProductScratch, Weight};
 use crate::ops::{self, DType, Launch, Selection};
 use crate::request::SamplerConfig;
 use crate::sampler::{GuidanceSchedule, Sampler, sinusoids};
+use crate::weights::pack::{Pairing, Tiles};
 use std::collections::BTreeSet;
 use std::sync::Arc;
 use std::time::Instant;
@@ -297,18 +299,29 @@ fn lm_head(device: &Arc<dyn Device>, model: &NextStep, options: &Options) -> Res
     };
     let x = random("bench.lm_head.x", DType::F32, rows * hidden, 1.0)?;
     let norm_w = random("bench.lm_head.norm", dtype, hidden, 1.0)?;
-    let w = random("bench.lm_head.w", dtype, vocab * hidden, 1.0 / (hidden as f32).sqrt())?;
+    // Random values are the same weights whether packed or not; packed, a last tile is filled up.
+    let layout = Layout::to_load(&ops::lm_head::OP, &options.kernels, dtype, hidden);
+    let elements = match layout {
+        Layout::Rows => vocab * hidden,
+        Layout::Tiles => Tiles::new(vocab, hidden, Pairing::Neighbours)?.bytes() / dtype.bytes(),
+    };
+    let w = random("bench.lm_head.w", dtype, elements, 1.0 / (hidden as f32).sqrt())?;
     let logits = device.alloc(rows * vocab * 4, "bench.lm_head.logits")?;
+    let (floats, counters) = ProductScratch::sizes(sm_count, rows);
+    let partial = device.alloc(floats * 4, "bench.lm_head.partial")?;
+    let arrivals = device.alloc(counters * 4, "bench.lm_head.arrivals")?;
+    stream.fill(arrivals.span(), 0)?;
     let args = ops::lm_head::Args {
         x: x.span(),
         norm_w: norm_w.span(),
-        w: w.span(),
+        w: Weight { span: w.span(), layout },
         norm_out: None,
         logits: logits.span(),
         rows,
         hidden,
         vocab,
         eps: config.rms_norm_eps,
+        scratch: Some(ProductScratch { partial: partial.span(), arrivals: arrivals.span() }),
     };
     let launch = Launch { selection: &options.kernels, dtype, sm_count, dependent: true };
     let node = ops::lm_head::node(&launch, "bench.lm_head", &args)?;
@@ -317,7 +330,7 @@ fn lm_head(device: &Arc<dyn Device>, model: &NextStep, options: &Options) -> Res
     Ok(Row {
         variant: node.kernel.symbol.into(),
         dtype: dtype.name().into(),
-        bytes: w.bytes() as u64,
+        bytes: (vocab * hidden * dtype.bytes()) as u64,
         samples_ms,
         note: "for text, at any position; image tokens need none, and no sum here counts it".into(),
         ..Row::default()

@@ -93,7 +93,8 @@ pub struct Row {
     pub dtype: String,
     /// Shape or settings.
     pub shape: String,
-    /// `cold` or `hot`: whether the L2 cache was flushed before; empty where it does not matter.
+    /// `cold` or `hot`: whether what a launch reads has left the L2 cache or is what the last one read; empty where it
+    /// does not matter.
     pub l2: String,
     /// Fewest bytes that must move through device memory.
     pub bytes: u64,

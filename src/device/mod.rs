@@ -90,6 +90,8 @@ pub struct DeviceInfo {
     pub sm_count: u32,
     /// Total and free memory in bytes, where known.
     pub memory_bytes: Option<(u64, u64)>,
+    /// Size of the L2 cache in bytes, where there is one and it is known.
+    pub l2_bytes: Option<u64>,
 }
 
 /// A GPU, or something that behaves like one. Shared freely between threads.

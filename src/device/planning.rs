@@ -32,6 +32,7 @@ impl Device for PlanningDevice {
             name: format!("plan for {} SMs", self.sm_count),
             sm_count: self.sm_count,
             memory_bytes: None,
+            l2_bytes: None,
         }
     }
 

@@ -5,8 +5,8 @@ use super::config::ModelConfig;
 use super::upload::Uploader;
 use crate::device::{NodeList, Span};
 use crate::error::Result;
-use crate::ops::product::{ProductScratch, Weight};
-use crate::ops::{self, Launch};
+use crate::ops::product::{Layout, ProductScratch, Weight};
+use crate::ops::{self, Launch, Selection};
 use crate::weights::pack::Pairing;
 use crate::weights::{ModelWeights, Part};
 
@@ -35,22 +35,27 @@ pub(super) struct Logits {
 }
 
 impl LmHead {
-    /// Uploads the head. With tied embeddings the table that is already there serves.
+    /// Uploads the head. With tied embeddings the table that is already there serves: rows are looked up in it, so it
+    /// lies as stored, which `plain` reads as well; a packed copy would take its size again (1.56 GB at the 14B's
+    /// shape). It is made where `kernels` name a variant that reads nothing else.
     pub fn load(
         config: &ModelConfig,
         weights: &ModelWeights,
         backbone: &Backbone,
+        kernels: &Selection,
         up: &mut Uploader<'_>,
     ) -> Result<LmHead> {
         const NAME: &str = "lm_head.weight";
         let own = weights.specs().iter().any(|spec| spec.part == Part::LmHead && spec.name == NAME);
         let hidden = config.hidden_size;
-        let weight = match (own, config.use_mlp_before_lm_head) {
-            (false, _) => backbone.embedding().into(),
-            (true, false) => up.one(NAME, &weights.get(NAME)?)?.into(),
-            (true, true) => {
-                up.product(&ops::linear::OP, NAME, &[weights.get(NAME)?], hidden, Pairing::Neighbours)?
-            }
+        let op = match config.use_mlp_before_lm_head {
+            false => &ops::lm_head::OP,
+            true => &ops::linear::OP,
+        };
+        let named = kernels.chosen(op).is_some_and(|variant| Layout::of_variant(variant) == Layout::Tiles);
+        let weight = match own || (named && up.packs(op, hidden)) {
+            false => backbone.embedding().into(),
+            true => up.product(op, NAME, &[weights.get(NAME)?], hidden, Pairing::Neighbours)?,
         };
         let before = match config.use_mlp_before_lm_head {
             false => None,
@@ -78,13 +83,14 @@ impl LmHead {
             let args = ops::lm_head::Args {
                 x: io.x,
                 norm_w,
-                w: self.weight.span,
+                w: self.weight,
                 norm_out: io.norm_out,
                 logits: io.logits,
                 rows: io.rows,
                 hidden,
                 vocab,
                 eps,
+                scratch: io.scratch,
             };
             list.push(ops::lm_head::node(launch, &format!("{label}.lm_head"), &args)?);
             return Ok(());

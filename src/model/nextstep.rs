@@ -53,7 +53,7 @@ impl NextStep {
         let vae = VaeDecoder::load(vae_config, vae_weights, config.latent_patch_size, &mut up)?;
         let encoder = VaeEncoder::load(vae_config, vae_weights, &mut up)?;
         let text = match text {
-            true => Some(LmHead::load(config, weights, &backbone, &mut up)?),
+            true => Some(LmHead::load(config, weights, &backbone, &kernels, &mut up)?),
             false => None,
         };
         up.wait()?;

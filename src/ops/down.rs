@@ -1,6 +1,7 @@
 //! `down`: the MLP's down projection, added into the residual stream.
 
 use super::harness::Case;
+use super::product;
 use super::project::{self, Shape};
 use super::{Launch, Op, Variant};
 use crate::device::Node;
@@ -25,21 +26,9 @@ pub static OP: Op = Op {
             kernels: kernels!("down", f32: "down_tile_f32", bf16: "down_tile_bf16"),
             summary: "64 x 64 tiles in shared memory, for prompts; any shape",
         },
-        Variant {
-            name: "stream",
-            kernels: kernels!("down", bf16: "down_stream_bf16"),
-            summary: "equal shares of packed weights per SM, loads to registers; K % 32 = 0",
-        },
-        Variant {
-            name: "ring",
-            kernels: kernels!("down", bf16: "down_ring_bf16"),
-            summary: "the same by bulk copies into a ring in shared memory; K % 32 = 0, K >= 64",
-        },
-        Variant {
-            name: "mma",
-            kernels: kernels!("down", bf16: "down_mma_bf16"),
-            summary: "128 x 128 tiles on tensor cores from packed weights, for prompts; K % 32 = 0",
-        },
+        product::stream(kernels!("down", bf16: "down_stream_bf16")),
+        product::ring(kernels!("down", bf16: "down_ring_bf16")),
+        product::mma(kernels!("down", bf16: "down_mma_bf16")),
     ],
     cases,
 };

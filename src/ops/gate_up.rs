@@ -5,7 +5,7 @@ use super::params::GateUpParams;
 use super::product::{self, Layout, Product, ProductScratch};
 use super::shared;
 use super::{DType, Launch, Op, Variant};
-use crate::device::{Node, ParamBytes, Span};
+use crate::device::{Node, Span};
 use crate::error::Result;
 use crate::kernels;
 use crate::reference::gate_up::{GateUp, gate_up};
@@ -28,21 +28,9 @@ pub static OP: Op = Op {
             kernels: kernels!("gate_up", f32: "gate_up_tile_f32", bf16: "gate_up_tile_bf16"),
             summary: "64 x 64 tiles in shared memory, for prompts; any shape",
         },
-        Variant {
-            name: "stream",
-            kernels: kernels!("gate_up", bf16: "gate_up_stream_bf16"),
-            summary: "equal shares of packed weights per SM, loads to registers; K % 32 = 0",
-        },
-        Variant {
-            name: "ring",
-            kernels: kernels!("gate_up", bf16: "gate_up_ring_bf16"),
-            summary: "the same by bulk copies into a ring in shared memory; K % 32 = 0, K >= 64",
-        },
-        Variant {
-            name: "mma",
-            kernels: kernels!("gate_up", bf16: "gate_up_mma_bf16"),
-            summary: "128 x 128 tiles on tensor cores from packed weights, for prompts; K % 32 = 0",
-        },
+        product::stream(kernels!("gate_up", bf16: "gate_up_stream_bf16")),
+        product::ring(kernels!("gate_up", bf16: "gate_up_ring_bf16")),
+        product::mma(kernels!("gate_up", bf16: "gate_up_mma_bf16")),
     ],
     cases,
 };
@@ -126,19 +114,8 @@ pub fn node(launch: &Launch, label: &str, args: &Args) -> Result<Node> {
         intermediate: checks.dim("intermediate", a.intermediate)?,
         eps: a.eps,
     };
-    let (mut reads, mut writes) = (vec![x, norm_w, w_gate], vec![act]);
-    reads.extend(w_up);
-    reads.extend(gate_bias);
-    reads.extend(up_bias);
-    product.declare(&mut reads, &mut writes);
-    Ok(Node {
-        label: label.into(),
-        kernel: product.variant.kernel(OP.name, launch.dtype)?,
-        geometry: product.geometry,
-        params: ParamBytes::of(&params),
-        reads,
-        writes,
-    })
+    let optional = [w_up, gate_bias, up_bias].into_iter().flatten();
+    Ok(product.node(label, &params, [x, norm_w, w_gate].into_iter().chain(optional), [act]))
 }
 
 /// One test shape.
@@ -169,17 +146,8 @@ fn cases() -> Vec<Case> {
     ];
     let real = |rows| shape(rows, 5120, 13824, false);
     let real_shapes = [real(1), real(2), real(3), real(8), real(37)];
-    let mut cases = Vec::new();
-    for &dtype in DType::ALL {
-        for (shapes, scale) in [(&shapes[..], None), (&real_shapes[..], Some(Scale::Real))] {
-            for &s in shapes {
-                for variant in product::case_variants(&OP, dtype, (s.rows, s.hidden), scale.is_some()) {
-                    cases.push(make_case(s, variant, dtype, scale));
-                }
-            }
-        }
-    }
-    cases
+    let size = |s: &Shape| (s.rows, s.hidden);
+    product::cases(&OP, (&shapes, &real_shapes), size, make_case)
 }
 
 fn make_case(s: Shape, variant: &'static str, dtype: DType, scale: Option<Scale>) -> Case {

@@ -203,6 +203,11 @@ impl Rig {
         self.guarded(name, len * dtype.bytes())
     }
 
+    /// Device memory that the case takes.
+    pub fn held_bytes(&self) -> usize {
+        self.buffers.iter().map(|(_, buffer)| buffer.bytes()).sum()
+    }
+
     /// The stream that everything runs on.
     pub fn stream(&mut self) -> &mut dyn Stream {
         self.stream.as_mut()

@@ -5,7 +5,7 @@ use super::params::LinearParams;
 use super::product::{self, Product, ProductScratch, Weight};
 use super::shared;
 use super::{DType, Launch, Op, Variant};
-use crate::device::{Node, ParamBytes, Span};
+use crate::device::{Node, Span};
 use crate::error::Result;
 use crate::kernels;
 use crate::reference::linear::{Linear, linear};
@@ -28,21 +28,9 @@ pub static OP: Op = Op {
             kernels: kernels!("linear", f32: "linear_tile_f32", bf16: "linear_tile_bf16"),
             summary: "64 x 64 tiles in shared memory, for many rows; any shape",
         },
-        Variant {
-            name: "stream",
-            kernels: kernels!("linear", bf16: "linear_stream_bf16"),
-            summary: "equal shares of packed weights per SM, loads to registers; K % 32 = 0",
-        },
-        Variant {
-            name: "ring",
-            kernels: kernels!("linear", bf16: "linear_ring_bf16"),
-            summary: "the same by bulk copies into a ring in shared memory; K % 32 = 0, K >= 64",
-        },
-        Variant {
-            name: "mma",
-            kernels: kernels!("linear", bf16: "linear_mma_bf16"),
-            summary: "128 x 128 tiles on tensor cores from packed weights, for prompts; K % 32 = 0",
-        },
+        product::stream(kernels!("linear", bf16: "linear_stream_bf16")),
+        product::ring(kernels!("linear", bf16: "linear_ring_bf16")),
+        product::mma(kernels!("linear", bf16: "linear_mma_bf16")),
     ],
     cases,
 };
@@ -99,17 +87,7 @@ pub fn node(launch: &Launch, label: &str, args: &Args) -> Result<Node> {
         out_f32: a.out_f32.into(),
         pad: 0,
     };
-    let (mut reads, mut writes) = (vec![x, w], vec![y]);
-    reads.extend(bias);
-    product.declare(&mut reads, &mut writes);
-    Ok(Node {
-        label: label.into(),
-        kernel: product.variant.kernel(OP.name, launch.dtype)?,
-        geometry: product.geometry,
-        params: ParamBytes::of(&params),
-        reads,
-        writes,
-    })
+    Ok(product.node(label, &params, [x, w].into_iter().chain(bias), [y]))
 }
 
 /// One test shape.
@@ -152,17 +130,8 @@ fn cases() -> Vec<Case> {
         shape(37, 5120, 64, true, false, true),
         shape(28, 1536, 1536, true, false, false),
     ];
-    let mut cases = Vec::new();
-    for &dtype in DType::ALL {
-        for (shapes, scale) in [(&shapes[..], None), (&real[..], Some(Scale::Real))] {
-            for &s in shapes {
-                for variant in product::case_variants(&OP, dtype, (s.rows, s.inner), scale.is_some()) {
-                    cases.push(make_case(s, variant, dtype, scale));
-                }
-            }
-        }
-    }
-    cases
+    let size = |s: &Shape| (s.rows, s.inner);
+    product::cases(&OP, (&shapes, &real), size, make_case)
 }
 
 fn make_case(s: Shape, variant: &'static str, dtype: DType, scale: Option<Scale>) -> Case {

@@ -151,8 +151,9 @@ static OPS: &[&Op] = &[
     &lm_head::OP,
 ];
 
-/// The products of the transformer and its projectors: the ops whose weights may be packed.
-pub static PRODUCTS: [&Op; 6] = [&qkv::OP, &o_proj::OP, &gate_up::OP, &down::OP, &out_proj::OP, &linear::OP];
+/// The products of the transformer, its projectors and its LM head: the ops whose weights may be packed.
+pub static PRODUCTS: [&Op; 7] =
+    [&qkv::OP, &o_proj::OP, &gate_up::OP, &down::OP, &out_proj::OP, &linear::OP, &lm_head::OP];
 
 /// Every op, in the order in which one image uses them; then what only text needs.
 pub fn registry() -> &'static [&'static Op] {

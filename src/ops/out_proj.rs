@@ -5,7 +5,7 @@ use super::params::{GenerationState, OutProjParams};
 use super::product::{self, Product, ProductScratch, Weight};
 use super::shared;
 use super::{DType, Launch, Op, Variant};
-use crate::device::{Node, ParamBytes, Span};
+use crate::device::{Node, Span};
 use crate::error::Result;
 use crate::kernels;
 use crate::reference::out_proj::{OutProj, out_proj};
@@ -23,21 +23,9 @@ pub static OP: Op = Op {
             kernels: kernels!("out_proj", f32: "out_proj_plain_f32", bf16: "out_proj_plain_bf16"),
             summary: "warp per two outputs, weights read once per 8 rows; any shape",
         },
-        Variant {
-            name: "stream",
-            kernels: kernels!("out_proj", bf16: "out_proj_stream_bf16"),
-            summary: "equal shares of packed weights per SM, loads to registers; K % 32 = 0",
-        },
-        Variant {
-            name: "ring",
-            kernels: kernels!("out_proj", bf16: "out_proj_ring_bf16"),
-            summary: "the same by bulk copies into a ring in shared memory; K % 32 = 0, K >= 64",
-        },
-        Variant {
-            name: "mma",
-            kernels: kernels!("out_proj", bf16: "out_proj_mma_bf16"),
-            summary: "128 x 128 tiles on tensor cores from packed weights, for prompts; K % 32 = 0",
-        },
+        product::stream(kernels!("out_proj", bf16: "out_proj_stream_bf16")),
+        product::ring(kernels!("out_proj", bf16: "out_proj_ring_bf16")),
+        product::mma(kernels!("out_proj", bf16: "out_proj_mma_bf16")),
     ],
     cases,
 };
@@ -121,17 +109,7 @@ pub fn node(launch: &Launch, label: &str, args: &Args) -> Result<Node> {
         pos_rows,
         eps: a.eps,
     };
-    let mut writes = vec![c];
-    writes.extend(norm_out);
-    product.declare(&mut reads, &mut writes);
-    Ok(Node {
-        label: label.into(),
-        kernel: product.variant.kernel(OP.name, launch.dtype)?,
-        geometry: product.geometry,
-        params: ParamBytes::of(&params),
-        reads,
-        writes,
-    })
+    Ok(product.node(label, &params, reads, [c].into_iter().chain(norm_out)))
 }
 
 /// One test shape; `pos_embed` is the number of position rows and the token.
@@ -158,17 +136,8 @@ fn cases() -> Vec<Case> {
         shape(7, 288, None, true),
     ];
     let real = [1, 2, 3, 8].map(|rows| shape(rows, 5120, None, true));
-    let mut cases = Vec::new();
-    for &dtype in DType::ALL {
-        for (shapes, scale) in [(&shapes[..], None), (&real[..], Some(Scale::Real))] {
-            for &s in shapes {
-                for variant in product::case_variants(&OP, dtype, (s.rows, s.hidden), scale.is_some()) {
-                    cases.push(make_case(s, variant, dtype, scale));
-                }
-            }
-        }
-    }
-    cases
+    let size = |s: &Shape| (s.rows, s.hidden);
+    product::cases(&OP, (&shapes, &real), size, make_case)
 }
 
 fn make_case(s: Shape, variant: &'static str, dtype: DType, scale: Option<Scale>) -> Case {

@@ -230,18 +230,22 @@ pub struct LmHeadParams {
     pub x: u64,
     /// [D] E
     pub norm_w: u64,
-    /// [V, D] E
+    /// [V, D] E; packed for stream, ring and mma
     pub w: u64,
     /// [S, D] E, written: h; optional
     pub norm_out: u64,
     /// [S, V] float, written: rounded to E, then widened
     pub logits: u64,
+    /// [groups of 8 rows, blocks, 2, 128] float: sums of tiles that blocks share; stream, ring
+    pub partial: u64,
+    /// [groups of 8 rows, blocks] uint32, zero before and after every launch; stream, ring
+    pub arrivals: u64,
     pub rows: u32,
     pub hidden: u32,
     pub vocab: u32,
     pub eps: f32,
 }
-const _: () = assert!(size_of::<LmHeadParams>() == 56);
+const _: () = assert!(size_of::<LmHeadParams>() == 72);
 
 /// y = act(w x + bias)
 #[repr(C)]

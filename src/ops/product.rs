@@ -7,7 +7,7 @@
 use super::harness::{Case, Check, Rig, Scale, encode};
 use super::shared::{self, Checks};
 use super::{DType, Form, Launch, Op, Variant, div_ceil};
-use crate::device::{Geometry, Span};
+use crate::device::{Geometry, KernelId, Node, ParamBytes, Span};
 use crate::error::{Error, Result};
 use crate::weights::pack::{Pairing, STEP, TILE_UNITS, Tiles};
 
@@ -129,9 +129,10 @@ pub fn rows_alike(op: &'static Op, launch: &Launch, layout: Layout, rows: usize)
 
 /// A product about to be launched: its variant, checked against shape and layout.
 pub(super) struct Product {
-    pub variant: &'static Variant,
     pub checks: Checks,
-    pub geometry: Geometry,
+    variant: &'static Variant,
+    kernel: KernelId,
+    geometry: Geometry,
     layout: Layout,
     /// Partial sums and counters, where the variant takes them.
     scratch: Option<[Span; 2]>,
@@ -158,8 +159,14 @@ impl Product {
                  divide by {STEP}, unless a variant that cannot read it is chosen for the op then"
             )));
         }
-        let mut product =
-            Product { variant, checks, geometry: Geometry::linear(1, THREADS), layout, scratch: None };
+        let packs = launch.dtype == DType::Bf16 && shape.inner.is_multiple_of(STEP);
+        if layout == Layout::Tiles && !packs {
+            let (inner, dtype) = (shape.inner, launch.dtype.name());
+            return Err(checks.refuse(format!("K is {inner} in {dtype}, must divide by {STEP} in bf16")));
+        }
+        let kernel = variant.kernel(op.name, launch.dtype)?;
+        let geometry = Geometry::linear(1, THREADS);
+        let mut product = Product { checks, variant, kernel, geometry, layout, scratch: None };
         match layout {
             Layout::Rows => {
                 let Shape { rows, inner, units } = shape;
@@ -173,12 +180,6 @@ impl Product {
 
     fn packed(&mut self, launch: &Launch, shape: Shape, scratch: Option<ProductScratch>) -> Result<()> {
         let Shape { rows, inner, units } = shape;
-        if launch.dtype != DType::Bf16 || !inner.is_multiple_of(STEP) {
-            let dtype = launch.dtype.name();
-            return Err(self
-                .checks
-                .refuse(format!("K is {inner} in {dtype}, must divide by {STEP} in bf16")));
-        }
         let tiles = units.div_ceil(TILE_UNITS);
         let steps = self.checks.product("steps of the packed weights", &[tiles, inner / STEP])?;
         if self.variant.name == "mma" {
@@ -253,10 +254,23 @@ impl Product {
         self.scratch.map_or([0; 2], |spans| spans.map(|s| s.ptr.0))
     }
 
-    /// Adds the scratch to what a node reads and writes.
-    pub fn declare(&self, reads: &mut Vec<Span>, writes: &mut Vec<Span>) {
-        reads.extend(self.scratch.iter().flatten());
-        writes.extend(self.scratch.iter().flatten());
+    /// The node of this launch; what it reads and writes does not name the scratch, which is added.
+    pub fn node<P: bytemuck::Pod>(
+        self,
+        label: &str,
+        params: &P,
+        reads: impl IntoIterator<Item = Span>,
+        writes: impl IntoIterator<Item = Span>,
+    ) -> Node {
+        let scratch = self.scratch.into_iter().flatten();
+        Node {
+            label: label.into(),
+            kernel: self.kernel,
+            geometry: self.geometry,
+            params: ParamBytes::of(params),
+            reads: reads.into_iter().chain(scratch.clone()).collect(),
+            writes: writes.into_iter().chain(scratch).collect(),
+        }
     }
 }
 
@@ -269,9 +283,27 @@ fn ring_stages(staged: usize) -> usize {
     stages.min(RING_STAGES.1)
 }
 
+/// The registry's row of `stream`, whose kernels are these.
+pub(super) const fn stream(kernels: &'static [(DType, KernelId)]) -> Variant {
+    let summary = "equal shares of packed weights per SM, loads to registers; K % 32 = 0";
+    Variant { name: "stream", kernels, summary }
+}
+
+/// The registry's row of `ring`.
+pub(super) const fn ring(kernels: &'static [(DType, KernelId)]) -> Variant {
+    let summary = "the same by bulk copies into a ring in shared memory; K % 32 = 0, K >= 64";
+    Variant { name: "ring", kernels, summary }
+}
+
+/// The registry's row of `mma`.
+pub(super) const fn mma(kernels: &'static [(DType, KernelId)]) -> Variant {
+    let summary = "128 x 128 tiles on tensor cores from packed weights, for many rows; K % 32 = 0";
+    Variant { name: "mma", kernels, summary }
+}
+
 /// Variants of a product that its cases run for `rows` rows of `inner` at `scale`: every one at test shapes, at real
 /// ones those that ship for so many rows.
-pub(super) fn case_variants(
+fn case_variants(
     op: &'static Op,
     dtype: DType,
     (rows, inner): (usize, usize),
@@ -290,6 +322,27 @@ pub(super) fn case_variants(
         let fits = name != "ring" || (inner >= 2 * STEP && ring_stages(staged) >= RING_STAGES.0);
         (!real || ships) && (Layout::of_variant(name) == Layout::Rows || (packs && fits))
     })
+}
+
+/// Cases of a product: `shapes` in every element type and variant that can do them, `real` ones at the real scale in
+/// the variants that ship for them. `size` says the rows and K of a shape.
+pub(super) fn cases<S: Clone>(
+    op: &'static Op,
+    (shapes, real): (&[S], &[S]),
+    size: impl Fn(&S) -> (usize, usize),
+    make: impl Fn(S, &'static str, DType, Option<Scale>) -> Case,
+) -> Vec<Case> {
+    let mut cases = Vec::new();
+    for &dtype in DType::ALL {
+        for (shapes, scale) in [(shapes, None), (real, Some(Scale::Real))] {
+            for shape in shapes {
+                for variant in case_variants(op, dtype, size(shape), scale.is_some()) {
+                    cases.push(make(shape.clone(), variant, dtype, scale));
+                }
+            }
+        }
+    }
+    cases
 }
 
 /// A case of a product: [`shared::case`] with scratch, whose counters must be zero again afterwards.

@@ -5,7 +5,7 @@ use super::params::ProjectParams;
 use super::product::{self, Product, ProductScratch, Weight};
 use super::shared;
 use super::{DType, Launch, Op};
-use crate::device::{Node, ParamBytes, Span};
+use crate::device::{Node, Span};
 use crate::error::Result;
 use crate::reference::project::{Project, project};
 use crate::reference::{Exact, PlainBf16, PlainF32};
@@ -57,17 +57,7 @@ pub(super) fn node(op: &'static Op, launch: &Launch, label: &str, args: &Args) -
         inner: checks.dim("inner", a.inner)?,
         pad: 0,
     };
-    let (mut reads, mut writes) = (vec![input, w, x], vec![x]);
-    reads.extend(bias);
-    product.declare(&mut reads, &mut writes);
-    Ok(Node {
-        label: label.into(),
-        kernel: product.variant.kernel(op.name, launch.dtype)?,
-        geometry: product.geometry,
-        params: ParamBytes::of(&params),
-        reads,
-        writes,
-    })
+    Ok(product.node(label, &params, [input, w, x].into_iter().chain(bias), [x]))
 }
 
 /// One test shape.
@@ -81,18 +71,10 @@ pub(super) struct Shape {
 
 /// Cases of `op`: every shape in every variant and element type, and `real` ones in the variant that ships.
 pub(super) fn cases(op: &'static Op, shapes: &[Shape], real: &[Shape]) -> Vec<Case> {
-    let mut cases = Vec::new();
-    for &dtype in DType::ALL {
-        for (shapes, scale) in [(shapes, None), (real, Some(Scale::Real))] {
-            for &shape in shapes {
-                let size = (shape.rows, shape.inner);
-                for variant in product::case_variants(op, dtype, size, scale.is_some()) {
-                    cases.push(make_case(op, shape, variant, dtype, scale));
-                }
-            }
-        }
-    }
-    cases
+    let size = |s: &Shape| (s.rows, s.inner);
+    product::cases(op, (shapes, real), size, |s, variant, dtype, scale| {
+        make_case(op, s, variant, dtype, scale)
+    })
 }
 
 fn make_case(op: &'static Op, s: Shape, variant: &'static str, dtype: DType, scale: Option<Scale>) -> Case {

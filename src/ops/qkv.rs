@@ -8,7 +8,7 @@ use super::params::QkvParams;
 use super::product::{self, Product, ProductScratch, Weight};
 use super::shared::{self, Checks};
 use super::{DType, Launch, Op, Variant};
-use crate::device::{Node, ParamBytes, Span};
+use crate::device::{Node, Span};
 use crate::error::Result;
 use crate::kernels;
 use crate::reference::qkv::{Projected, Qkv, qkv};
@@ -31,21 +31,9 @@ pub static OP: Op = Op {
             kernels: kernels!("qkv", f32: "qkv_tile_f32", bf16: "qkv_tile_bf16"),
             summary: "64 x 64 tiles in shared memory, for prompts; any shape",
         },
-        Variant {
-            name: "stream",
-            kernels: kernels!("qkv", bf16: "qkv_stream_bf16"),
-            summary: "equal shares of packed weights per SM, loads to registers; K % 32 = 0",
-        },
-        Variant {
-            name: "ring",
-            kernels: kernels!("qkv", bf16: "qkv_ring_bf16"),
-            summary: "the same by bulk copies into a ring in shared memory; K % 32 = 0, K >= 64",
-        },
-        Variant {
-            name: "mma",
-            kernels: kernels!("qkv", bf16: "qkv_mma_bf16"),
-            summary: "128 x 128 tiles on tensor cores from packed weights, for prompts; K % 32 = 0",
-        },
+        product::stream(kernels!("qkv", bf16: "qkv_stream_bf16")),
+        product::ring(kernels!("qkv", bf16: "qkv_ring_bf16")),
+        product::mma(kernels!("qkv", bf16: "qkv_mma_bf16")),
     ],
     cases,
 };
@@ -149,18 +137,8 @@ pub fn node(launch: &Launch, label: &str, args: &Args) -> Result<Node> {
         positions: checks.dim("positions", a.positions)?,
         eps: a.eps,
     };
-    let mut reads = vec![x, norm_w, w, rope, row_seq, row_pos, rope_offset];
-    let mut writes = vec![q, k_cache, v_cache];
-    reads.extend(bias);
-    product.declare(&mut reads, &mut writes);
-    Ok(Node {
-        label: label.into(),
-        kernel: product.variant.kernel(OP.name, launch.dtype)?,
-        geometry: product.geometry,
-        params: ParamBytes::of(&params),
-        reads,
-        writes,
-    })
+    let reads = [x, norm_w, w, rope, row_seq, row_pos, rope_offset].into_iter().chain(bias);
+    Ok(product.node(label, &params, reads, [q, k_cache, v_cache]))
 }
 
 /// One test shape. Row m belongs to sequence `row_seq[m]`; unused slots of the cache hold NaN.
@@ -217,18 +195,8 @@ fn cases() -> Vec<Case> {
     let real = |lengths: &[u32]| Shape::prompts(lengths, 600, (5120, 40, 8, 128), true);
     let eight = [1; 8];
     let real_shapes = [real(&[1]), real(&[1, 1]), real(&[1, 1, 1]), real(&eight), real(&[37])];
-    let mut cases = Vec::new();
-    for &dtype in DType::ALL {
-        for (shapes, scale) in [(&shapes[..], None), (&real_shapes[..], Some(Scale::Real))] {
-            for shape in shapes {
-                let size = (shape.row_seq.len(), shape.hidden);
-                for variant in product::case_variants(&OP, dtype, size, scale.is_some()) {
-                    cases.push(make_case(shape.clone(), variant, dtype, scale));
-                }
-            }
-        }
-    }
-    cases
+    let size = |s: &Shape| (s.row_seq.len(), s.hidden);
+    product::cases(&OP, (&shapes, &real_shapes), size, make_case)
 }
 
 fn make_case(s: Shape, variant: &'static str, dtype: DType, scale: Option<Scale>) -> Case {

@@ -91,7 +91,8 @@ EXPORT int cuDeviceGetName(char* name, int bytes, int) {
 
 EXPORT int cuDeviceGetAttribute(int* value, int attribute, int) {
     Call call("cuDeviceGetAttribute", false);
-    *value = (int)call.s.options[attribute == 16 ? "sms" : attribute == 75 ? "major" : "minor"];
+    const char* option = attribute == 16 ? "sms" : attribute == 38 ? "l2" : attribute == 75 ? "major" : "minor";
+    *value = (int)call.s.options[option];
     return call.code;
 }
 

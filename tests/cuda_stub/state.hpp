@@ -58,7 +58,8 @@ struct NodeState {
 struct State {
     std::mutex mutex;
     std::map<std::string, long> options = {{"version", 13000}, {"count", 1}, {"major", 9}, {"minor", 0},
-                                           {"sms", 4}, {"total", 1L << 34}, {"foreign", 0}, {"fail", 0}, {"code", 1}};
+                                           {"sms", 4}, {"l2", 1 << 16}, {"total", 1L << 34}, {"foreign", 0},
+                                           {"fail", 0}, {"code", 1}};
     std::string fail_name;
     std::string log;
     uint64_t calls = 0, markers = 0;

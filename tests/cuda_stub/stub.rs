@@ -85,7 +85,7 @@ impl Stub {
         CudaDevice::open(self.options())
     }
 
-    /// `key=value,...`: `version`, `count`, `major`, `minor`, `sms`, `total` (bytes), `foreign` (bytes of
+    /// `key=value,...`: `version`, `count`, `major`, `minor`, `sms`, `l2` and `total` (bytes), `foreign` (bytes of
     /// them that others hold); `fail=N` or `fail_name=NAME`
     /// with `code=C` fails the N-th call from now, or the next of that name.
     pub fn configure(&self, options: &str) {

@@ -6,7 +6,7 @@ use std::collections::BTreeMap;
 use std::path::Path;
 use warpstep::Error;
 use warpstep::engine::{EngineOptions, ModelSource};
-use warpstep::ops::DType;
+use warpstep::ops::{DType, Selection};
 use warpstep::text::{Opening, TextRequest};
 use warpstep::weights::{Checkpoint, OpenOptions};
 
@@ -48,8 +48,26 @@ fn changed(change: impl Fn(&mut Value, &mut Parts, &mut Value)) -> tempfile::Tem
 }
 
 fn engine(dir: &Path) -> std::sync::Arc<warpstep::engine::Engine> {
-    let options = EngineOptions { dtype: DType::F32, vae: Some(golden("tiny-a/vae")), ..with_text() };
+    engine_with(dir, DType::F32, &[])
+}
+
+fn engine_with(dir: &Path, dtype: DType, kernels: &[&str]) -> std::sync::Arc<warpstep::engine::Engine> {
+    let kernels = Selection::parse(kernels).unwrap();
+    let options = EngineOptions { dtype, kernels, vae: Some(golden("tiny-a/vae")), ..with_text() };
     load(&ModelSource::Dir(dir.into()), options).unwrap()
+}
+
+/// tiny-a with its embedding table as a head of its own, and the same with tied embeddings.
+fn own_and_tied() -> [tempfile::TempDir; 2] {
+    let own = changed(|_, parts, _| {
+        let table = parts["embed_tokens.weight"].clone();
+        parts.insert("lm_head.weight".into(), table);
+    });
+    let tied = changed(|config, parts, _| {
+        config["tie_word_embeddings"] = json!(true);
+        parts.remove("lm_head.weight").unwrap();
+    });
+    [own, tied]
 }
 
 fn text(dir: &Path) -> Vec<u32> {
@@ -63,18 +81,36 @@ fn weight_bytes(dir: &Path) -> u64 {
 
 #[test]
 fn tied_embeddings_are_the_head_and_take_no_memory_twice() {
-    let own = changed(|_, parts, _| {
-        let table = parts["embed_tokens.weight"].clone();
-        parts.insert("lm_head.weight".into(), table);
-    });
-    let tied = changed(|config, parts, _| {
-        config["tie_word_embeddings"] = json!(true);
-        parts.remove("lm_head.weight").unwrap();
-    });
+    let [own, tied] = own_and_tied();
     let written = text(tied.path());
     assert_eq!(written, text(own.path()));
     assert_ne!(written, text(changed(|_, _, _| {}).path()), "the head has no effect");
     assert_eq!(weight_bytes(own.path()) - weight_bytes(tied.path()), 528 * 64 * 4);
+}
+
+/// In bf16 a head is packed, and the table that embeds is not.
+#[test]
+fn a_tied_head_is_read_as_stored_and_packed_only_where_a_variant_asks_for_it() {
+    let [own, tied] = own_and_tied();
+    let run = |dir: &tempfile::TempDir, kernels: &[&str]| {
+        let engine = engine_with(dir.path(), DType::Bf16, kernels);
+        let request = TextRequest { max_tokens: 10, ..TextRequest::new(recorded_prompt()) };
+        let bytes = engine.plan_text(&request).unwrap().weight_bytes;
+        (complete(&engine, &request).unwrap().ids, bytes)
+    };
+    let (stored, stored_bytes) = run(&tied, &[]);
+    assert_eq!(stored, run(&own, &["lm_head=plain"]).0);
+    for variant in ["stream", "ring", "mma"] {
+        let chosen = format!("lm_head={variant}");
+        let (packed, packed_bytes) = run(&tied, &[&chosen]);
+        assert_eq!(packed, run(&own, &[&chosen]).0, "{variant}");
+        assert_eq!(packed_bytes - stored_bytes, 528 * 64 * 2, "{variant}");
+    }
+    // Where weights cannot be packed the variant refuses, and nothing is copied for it.
+    let engine = engine_with(tied.path(), DType::F32, &["lm_head=stream"]);
+    assert_eq!(engine.plan_text(&TextRequest::new("a")).unwrap().weight_bytes, weight_bytes(tied.path()));
+    let refused = complete(&engine, &TextRequest::new("a"));
+    assert!(matches!(refused, Err(Error::Unsupported { op: "lm_head", .. })), "{refused:?}");
 }
 
 #[test]

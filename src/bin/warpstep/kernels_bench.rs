@@ -34,7 +34,8 @@ pub struct KernelsBench {
     #[arg(long, value_parser = ["small", "medium", "real"])]
     scale: Option<String>,
 
-    /// Launches back to back in one graph, for the hot figure [default: 16 on a GPU, else 1].
+    /// Launches back to back in one graph, and copies that the cold figure rotates over at most (two at least)
+    /// [default: 16 on a GPU, else 1].
     #[arg(long, value_name = "N", value_parser = clap::value_parser!(u32).range(1..=4096))]
     chain: Option<u32>,
 
@@ -97,6 +98,7 @@ impl KernelsBench {
         );
         let bench = Bench::new(device)?;
         let mut report = Report { header, ceilings, rows: Vec::new() };
+        report.header.notes.push(bench.note());
         let mut failed = 0;
         for choice in &chosen {
             match bench.run(choice, &options) {

@@ -68,6 +68,8 @@ pub struct DeviceFacts {
     pub sm_count: u32,
     /// Device memory in bytes.
     pub memory_bytes: u64,
+    /// L2 cache in bytes.
+    pub l2_bytes: u64,
 }
 
 /// A GPU. Clones share everything; the last one to go, buffers and streams included, frees it.
@@ -138,6 +140,7 @@ fn find(options: &CudaOptions) -> Result<(Driver, DeviceFacts, c_int)> {
     let capability =
         (attribute(sys::ATTRIBUTE_CAPABILITY_MAJOR)?, attribute(sys::ATTRIBUTE_CAPABILITY_MINOR)?);
     let sm_count = attribute(sys::ATTRIBUTE_SM_COUNT)?;
+    let l2_bytes = attribute(sys::ATTRIBUTE_L2_BYTES)?.into();
     let mut memory = 0;
     // SAFETY: a place for the answer.
     check(unsafe { driver.cuDeviceTotalMem_v2(&mut memory, device) })?;
@@ -148,6 +151,7 @@ fn find(options: &CudaOptions) -> Result<(Driver, DeviceFacts, c_int)> {
         capability,
         sm_count,
         memory_bytes: memory as u64,
+        l2_bytes,
     };
     Ok((driver, facts, device))
 }
@@ -198,6 +202,7 @@ impl Device for CudaDevice {
             name: facts.name.clone(),
             sm_count: facts.sm_count,
             memory_bytes: free.map(|free| (facts.memory_bytes, free)),
+            l2_bytes: Some(facts.l2_bytes).filter(|&bytes| bytes > 0),
         }
     }
 

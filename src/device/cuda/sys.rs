@@ -83,6 +83,7 @@ handles! {
 }
 
 pub(super) const ATTRIBUTE_SM_COUNT: c_int = 16;
+pub(super) const ATTRIBUTE_L2_BYTES: c_int = 38;
 pub(super) const ATTRIBUTE_CAPABILITY_MAJOR: c_int = 75;
 pub(super) const ATTRIBUTE_CAPABILITY_MINOR: c_int = 76;
 

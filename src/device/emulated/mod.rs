@@ -228,6 +228,7 @@ impl Device for EmulatedDevice {
             name: format!("emulated Hopper ({} build)", build_kind()),
             sm_count: self.shared.options.sm_count,
             memory_bytes: None,
+            l2_bytes: None,
         }
     }
 
