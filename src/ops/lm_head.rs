@@ -10,7 +10,8 @@ use crate::error::Result;
 use crate::kernels;
 use crate::reference::lm_head::{LmHead, lm_head};
 use crate::reference::{Exact, PlainBf16, PlainF32};
-use crate::weights::pack::{Pairing, Tiles};
+use crate::weights::pack::{Pairing, STEP_BYTES, Tiles};
+use std::ops::Range;
 
 /// The registry row.
 pub static OP: Op = Op {
@@ -201,12 +202,14 @@ fn upload_weights(rig: &mut Rig, variant: &str, dtype: DType, s: Shape) -> Resul
             let span = rig.output("w", dtype, tiles.bytes() / dtype.bytes())?;
             let row_bytes = s.hidden * dtype.bytes();
             let mut packed = vec![0; tiles.tile_bytes()];
+            let steps = packed.len() / STEP_BYTES;
             for tile in 0..tiles.tiles() {
-                let read = |row: usize, to: &mut [u8]| {
-                    to.copy_from_slice(&bytes[row % s.period * row_bytes..][..row_bytes]);
+                let read = |row: usize, columns: Range<usize>, to: &mut [u8]| {
+                    let first = row % s.period * row_bytes + columns.start * dtype.bytes();
+                    to.copy_from_slice(&bytes[first..][..to.len()]);
                     Ok(())
                 };
-                tiles.write_tile(tile, read, &mut packed)?;
+                tiles.write_steps(tile * steps, read, &mut packed)?;
                 rig.stream().upload(span.ptr.offset(tile * packed.len()), &packed)?;
             }
             span

@@ -404,6 +404,11 @@ EXPORT int cuGraphAddNode_v2(NodeState** node, GraphState* graph, NodeState* con
     if (!zero) call.bad("reserved words");
     if (call.code != kSuccess) return call.code;
     auto* made = new NodeState{graph, (int)graph->nodes.size()};
+    if (params->function->symbol.rfind("to_rgb8", 0) == 0) {
+        auto* words = static_cast<const uint64_t*>(params->arguments[0]);  // ToRgb8Params: x, rgb, bad, elements
+        made->marks = (void*)words[2];
+        made->marks_bytes = (words[3] + 31) / 32 * 4;
+    }
     graph->nodes.push_back(made);
     return call.make(node, "node", made);
 }
@@ -449,5 +454,8 @@ EXPORT int cuGraphExecDestroy(Exec* exec) {
 EXPORT int cuGraphLaunch(Exec* exec, Stream* stream) {
     Call call("cuGraphLaunch");
     if (call.live(exec, "executable graph") && call.live(stream, "stream")) call.s.note(" exec=%d", exec->number);
+    if (call.code != kSuccess) return call.code;
+    for (NodeState* node : exec->graph->nodes)
+        if (node->marks) memset(node->marks, 0, node->marks_bytes);
     return call.code;
 }

@@ -53,6 +53,10 @@ struct GraphState {
 struct NodeState {
     GraphState* graph;
     int index;
+    // Of to_rgb8, the one kernel whose result the host takes for an error: its marks of values that are not finite. No
+    // kernel runs here, so a launch says that all were, whatever the memory held.
+    void* marks = nullptr;
+    size_t marks_bytes = 0;
 };
 
 struct State {
