@@ -65,7 +65,9 @@ pub enum Error {
     #[error("non-finite values in {stage} at token {token}")]
     NonFinite { stage: &'static str, token: usize },
     /// The VAE decoder made a value that is not finite; nothing of the picture can be relied on.
-    #[error("non-finite values from the VAE decoder, first in picture {picture} at row {row}, column {column}")]
+    #[error(
+        "non-finite values from the VAE decoder, first in picture {picture} at row {row}, column {column}"
+    )]
     NonFinitePixel { picture: usize, row: usize, column: usize },
     /// The blocks of a persistent kernel waited in vain for each other's values; the token is useless.
     #[error(

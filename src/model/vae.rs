@@ -178,12 +178,8 @@ impl VaeDecoder {
             };
             decoded.taps.extend(pass.record(list, &steps)?);
         }
-        let args = ops::to_rgb8::Args {
-            x: decoded.image,
-            rgb: decoded.rgb,
-            bad: decoded.bad,
-            elements: pixels,
-        };
+        let args =
+            ops::to_rgb8::Args { x: decoded.image, rgb: decoded.rgb, bad: decoded.bad, elements: pixels };
         list.push(ops::to_rgb8::node(launch, "vae.to_rgb8", &args)?);
         Ok(decoded)
     }

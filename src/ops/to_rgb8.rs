@@ -55,8 +55,7 @@ pub fn node(launch: &Launch, label: &str, args: &Args) -> Result<Node> {
     let x = checks.span("x", args.x, launch.dtype.bytes(), &[args.elements])?;
     let rgb = checks.span("rgb", args.rgb, 1, &[args.elements])?;
     let bad = checks.span("bad", args.bad, 4, &[args.elements.div_ceil(32)])?;
-    let params =
-        ToRgb8Params { x: x.ptr.0, rgb: rgb.ptr.0, bad: bad.ptr.0, elements: args.elements as u64 };
+    let params = ToRgb8Params { x: x.ptr.0, rgb: rgb.ptr.0, bad: bad.ptr.0, elements: args.elements as u64 };
     let mut geometry =
         Geometry::linear(checks.dim("blocks", args.elements.div_ceil(THREADS))?, THREADS as u32);
     geometry.dependent = launch.dependent;
