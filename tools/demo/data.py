@@ -15,6 +15,8 @@ import scenes
 from tokenizer import SPECIAL_IDS, image_prefix
 
 EOS, EOI = SPECIAL_IDS["<|endoftext|>"], SPECIAL_IDS["<|end_of_image|>"]
+# Which edits are drawn for training: in proportion to what they leave to learn.
+EDIT_SHARES = {"colour": 0.21, "background": 0.27, "shape": 0.25, "remove": 0.05, "add": 0.22}
 HOLE, PAD = SPECIAL_IDS["<|image_placeholder|>"], SPECIAL_IDS["[PAD]"]
 IGNORE = -100
 CELL = 16
@@ -42,7 +44,7 @@ class Batch:
 
 
 class Pool:
-    """Encoded examples of one kind on one grid: "one", "two" and "row" captions, or "edit" pairs."""
+    """Encoded examples of one kind on one grid: "one", "two", "above" and "row" captions, or "edit" pairs."""
 
     def __init__(self, kind, grid, capacity):
         self.kind, self.grid, self.capacity = kind, grid, capacity
@@ -58,7 +60,8 @@ class Pool:
         texts, before, after = [], [], []
         for _ in range(count):
             if self.kind == "edit":
-                source, text, target = scenes.draw_edit(rng)
+                kind = rng.choice(list(EDIT_SHARES), p=list(EDIT_SHARES.values()))
+                source, text, target = scenes.draw_edit(rng, kind)
                 before.append(scenes.render(source, *side))
             else:
                 plain = scenes.draw_scene(rng, self.kind)
@@ -106,38 +109,62 @@ def without_word(text, rng):
     return " ".join(words)
 
 
-def make_batch(picks, tok, grid, rng, drop_text=0.1, drop_all=0.04, drop_word=0.0, noise=0.03):
+def without_first_shape(text):
+    """The caption without the shape of its first object. Which of two shapes a token should look at is learned late or
+    never; the only shape there is, at once, and the choice after it."""
+    words = text.split(" ")
+    named = [i for i, word in enumerate(words) if word in scenes.SHAPES]
+    return " ".join(words[: named[0]] + words[named[0] + 1 :]) if named else text
+
+
+def draw_haze(rng):
+    """How much noise the tokens drawn so far get: in two rows of five so much that little of them is left.
+
+    The encoder sees far, so that clean tokens tell what stands below them: from the upper half of a picture a linear
+    probe knows the shape of the lower object in 86 % of the cases, with noise of 0.4 still in 30 % (chance is 25 %). A
+    model that may read it there never learns to read it in the caption, and when it draws, nobody has written it."""
+    return rng.uniform(0.6, 2.0) if rng.random() < 0.4 else rng.uniform(0.03, 0.4)
+
+
+def make_batch(picks, tok, grid, rng, drop_text=0.1, drop_all=0.04, drop_word=0.0, drop_first=0.0, noise=0.03):
     """A `Batch` from picks, a list of (pool, index) on one grid.
 
     `drop_text` of the rows lose their text, `drop_all` of the edits their source picture as well, which trains the
-    branches of classifier-free guidance; `drop_word` of the captions (not of edits) lose one word. Input and target tokens get Gaussian noise of `noise`."""
+    branches of classifier-free guidance; `drop_word` of the captions (not of edits) lose one word, `drop_first` of
+    those of kind "above" the shape of the upper object. Source pictures and targets get Gaussian noise of `noise`, the
+    tokens drawn so far that of `draw_haze`."""
     prefix = image_prefix(tok, grid)
     count = grid[0] * grid[1]
-    rows, given, starts = [], [], []
+    rows, given, blur, starts = [], [], [], []
     for pool, index in picks:
         source, chance = pool.sources[index], rng.random()
         words = pool.texts[index]
         if source is None and rng.random() < drop_word:
             words = without_word(words, rng)
+        if pool.kind == "above" and rng.random() < drop_first:
+            words = without_first_shape(words)
         text = [] if chance < drop_text else tok.encode(words, add_special_tokens=False).ids
         row = []
         if source is not None and chance >= drop_all:
             row = prefix + [HOLE] * count + [EOI]
             given.append(source)
+            blur.append(noise)
         row = row + text + prefix
         starts.append(len(row))
         rows.append(row + [HOLE] * count + [EOI])
         given.append(pool.tokens[index])
+        blur.append(draw_haze(rng))
     longest = max(map(len, rows))
     ids = torch.tensor([row + [PAD] * (longest - len(row)) for row in rows])
     following = torch.tensor([row[1:] + [EOS] + [IGNORE] * (longest - len(row)) for row in rows])
     given = torch.cat(given).float()
+    blur = torch.tensor(blur, dtype=torch.float32).repeat_interleave(count)[:, None]
     clean = torch.stack([pool.tokens[i] for pool, i in picks]).float()
     condition = torch.tensor(starts)[:, None] - 1 + torch.arange(count)
     return Batch(
         ids=ids,
         is_image=ids == HOLE,
-        given=given + noise * torch.randn_like(given),
+        given=given + blur * torch.randn_like(given),
         clean=clean + noise * torch.randn_like(clean),
         keep=torch.stack([pool.keep[i] for pool, i in picks]),
         condition=condition,

@@ -99,7 +99,8 @@ def row_scene(background, colour, shape, count):
 
 
 def draw_scene(rng, kind, held_out=False):
-    """A random scene of `kind` "one", "two" or "row", without jitter. `held_out` uses only the held-out pairs."""
+    """A random scene of `kind` "one", "two", "above" (two with one relation) or "row", without jitter. `held_out` uses
+    only the held-out pairs."""
     background = COLOURS[rng.integers(8)]
     if held_out:
         background = ("red", "green", "blue", "yellow", "white", "black")[rng.integers(6)]
@@ -108,14 +109,15 @@ def draw_scene(rng, kind, held_out=False):
         size = ("", "", "small", "large")[rng.integers(4)]
         corner = (tuple(CORNERS)[rng.integers(4)]) if rng.random() < 0.45 else ""
         return one_thing(background, *first, size, corner)
-    if kind == "two":
+    if kind in ("two", "above"):
         second = first
         while second == first:
             second = draw_pair(rng, background, held_out)
-        return pair_scene(background, first, second, ("to the left of", "above")[rng.integers(2)])
+        relation = "above" if kind == "above" else ("to the left of", "above")[rng.integers(2)]
+        return pair_scene(background, first, second, relation)
     if kind == "row":
         return row_scene(background, *first, int(rng.integers(2, 4)))
-    raise ValueError(f"unknown kind of scene {kind!r}: expected one, two or row")
+    raise ValueError(f"unknown kind of scene {kind!r}: expected one, two, above or row")
 
 
 def jitter(rng, scene):

@@ -53,6 +53,12 @@ PLANS = {
         Stream(CAPTIONED, (4, 8), 0.03, 0.03, 32),
         Stream(("edit",), (4, 4), 0.30, 0.30, 32),
     ),
+    # For weights that draw two objects side by side, but not one above the other.
+    "above": (
+        Stream((*CAPTIONED, "above"), (4, 4), 0.66, 0.66, 48, (0.38, 0.16, 0.14, 0.32)),
+        Stream(CAPTIONED, (4, 8), 0.03, 0.03, 32),
+        Stream(("edit",), (4, 4), 0.31, 0.31, 32),
+    ),
     "square": (Stream(CAPTIONED, (8, 8), 1.0, 1.0, 32),),
     "full": (
         Stream(CAPTIONED, (8, 8), 0.85, 0.6, 32),
@@ -73,7 +79,7 @@ class Source:
         self.pools = {}
         for stream in self.streams:
             for kind in stream.kinds:
-                room = capacity // {"one": 2, "two": 4, "row": 4, "edit": 2}[kind]
+                room = capacity // {"one": 2, "two": 4, "above": 4, "row": 4, "edit": 2}[kind]
                 self.pools[kind, stream.grid] = data.Pool(kind, stream.grid, room)
 
     def made(self):
@@ -107,7 +113,8 @@ class Source:
         kinds = self.rng.choice(len(shares), stream.rows, p=shares / shares.sum())
         pools = [self.pools[stream.kinds[k], stream.grid] for k in kinds]
         picks = [(pool, int(self.rng.integers(len(pool)))) for pool in pools]
-        return stream, data.make_batch(picks, self.tok, stream.grid, self.rng, drop_word=self.drop_word)
+        drops = {"drop_word": self.drop_word, "drop_first": 0.5 if progress < self.switch else 0.1}
+        return stream, data.make_batch(picks, self.tok, stream.grid, self.rng, **drops)
 
     def state_dict(self):
         """Pools and random state."""
