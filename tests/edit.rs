@@ -129,13 +129,13 @@ fn reconstruction_is_close_and_noise_takes_it_away() {
 fn a_reconstruction_keeps_to_the_memory_budget() {
     let weight_bytes = engine().plan(&engine().request("a").unwrap()).unwrap().weight_bytes;
     // Room for the smallest picture's activations, not for those of a large one.
-    let budget = Some(weight_bytes + (8 << 20));
-    let tight = load(EngineOptions { memory_budget_bytes: budget, ..EngineOptions::default() });
+    let budget = weight_bytes + (8 << 20);
+    let tight = load(EngineOptions { memory_budget_bytes: Some(budget), ..EngineOptions::default() });
     let through = |side| reconstruct(&tight, &disc(side, side, [0; 3]), LatentNoise::default());
     assert!(through(16).is_ok());
     match through(512) {
         Err(Error::OutOfMemory { requested_bytes, free_bytes, .. }) => {
-            assert!(requested_bytes > budget.unwrap() && free_bytes == 8 << 20);
+            assert!(requested_bytes > budget && free_bytes == 8 << 20);
         }
         other => panic!("{:?}", other.map(|made| made.channels)),
     }
