@@ -251,6 +251,14 @@ def picture_case(model, vae, tok, seed, text, grid, nudged=False, how=PICTURE):
     return tensors | {"image_u8": torch.from_numpy(picture)}, picture[0], amplification
 
 
+def most_moved(model, tok, meta, grid, how, nudges=4):
+    """How far the tokens of a case move at most under several nudges: the least of many single ones is a lucky one."""
+    draws, texts = RecordedDraws(meta["seed"], model.config.token_dim), [meta["kwargs"]["captions"]]
+    tokens = sampler.generate(model, tok, texts, grid, how, draws)
+    moved = (MovedDraws(draws, meta["seed"] + 1 + i) for i in range(nudges))
+    return max((sampler.generate(model, tok, texts, grid, how, d) - tokens).abs().max().item() for d in moved)
+
+
 def description(kind, seed, text, grid, settings, has_image=False):
     """The metadata of a case, with the arguments under the names of the official call."""
     arguments = {
@@ -296,11 +304,12 @@ def cases(model, vae, tok):
             meta = description("picture", seed, text, grid, how) | {"amplification": amplification}
             tries.append((meta, tensors, picture, scene))
         tries.sort(key=lambda case: case[0]["amplification"].get("tokens", 0))
-        for i, case in enumerate(tries[:count]):
-            moved = case[0]["amplification"].get("tokens", 0)
-            if moved > STEADY:
-                raise ValueError(f"{name}: the steadiest of {len(tries)} runs moves by {moved:.1e}")
-            yield f"{name}_{i:02}", *case
+        for i, (meta, *case) in enumerate(tries[:count]):
+            if most > count:
+                meta["amplification"]["tokens"] = moved = most_moved(model, tok, meta, grid, how)
+                if moved > STEADY:
+                    raise ValueError(f"{name}: the steadiest of {len(tries)} runs moves by {moved:.1e}")
+            yield f"{name}_{i:02}", meta, *case
 
 
 def main():

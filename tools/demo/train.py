@@ -24,6 +24,8 @@ import precision
 from model import ModelConfig, NextStep
 
 LM_WEIGHT = 0.01
+# Part of the time after which drawn tokens get little noise.
+LATE = 0.86
 
 
 @dataclasses.dataclass(frozen=True)
@@ -113,8 +115,9 @@ class Source:
         kinds = self.rng.choice(len(shares), stream.rows, p=shares / shares.sum())
         pools = [self.pools[stream.kinds[k], stream.grid] for k in kinds]
         picks = [(pool, int(self.rng.integers(len(pool)))) for pool in pools]
-        drops = {"drop_word": self.drop_word, "drop_first": 0.5 if progress < self.switch else 0.1}
-        return stream, data.make_batch(picks, self.tok, stream.grid, self.rng, **drops)
+        drop_first = 0.5 if progress < self.switch else 0.1
+        how = {"drop_word": self.drop_word, "drop_first": drop_first, "late": progress > LATE}
+        return stream, data.make_batch(picks, self.tok, stream.grid, self.rng, **how)
 
     def state_dict(self):
         """Pools and random state."""
