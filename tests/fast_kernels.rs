@@ -14,7 +14,6 @@ use warpstep::ops::registry;
 
 /// How a kernel is meant to fetch what there is most of.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-#[allow(dead_code, reason = "rows come and go")]
 enum Loads {
     /// 16 bytes per thread: `LDG.E.128`.
     Wide,
