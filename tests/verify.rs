@@ -127,6 +127,42 @@ fn a_wrong_value_in_any_recorded_tensor_is_noticed() {
     }
 }
 
+/// Adds a field to the description, which is JSON inside the JSON of the header.
+fn describe(bytes: &mut Vec<u8>, field: &str) {
+    let kind = r#"\"kind\":"#;
+    let at = bytes.windows(kind.len()).position(|w| w == kind.as_bytes()).expect(kind);
+    let field = field.replace('"', "\\\"");
+    bytes.splice(at..at, field.bytes());
+    let header = u64::from_le_bytes(bytes[..8].try_into().unwrap()) + field.len() as u64;
+    bytes[..8].copy_from_slice(&header.to_le_bytes());
+}
+
+#[test]
+fn a_condition_may_be_off_by_four_times_the_rounding_that_its_case_states() {
+    for (rounding, passes) in [(None, Some(false)), (Some("2e-5"), Some(false)), (Some("3e-5"), Some(true))]
+        .into_iter()
+        .chain([(Some("2e-4"), None), (Some("-1e-5"), None), (Some("null"), None)])
+    {
+        let (_dir, path) = altered("t2i_feb_nocfg_batch3.safetensors", |bytes| {
+            let at = data_offset(bytes, "cond");
+            let value = f32::from_le_bytes(bytes[at..at + 4].try_into().unwrap()) + 1e-4;
+            bytes[at..at + 4].copy_from_slice(&value.to_le_bytes());
+            if let Some(rounding) = rounding {
+                describe(bytes, &format!(r#""rounding": {{"cond": {rounding}}}, "#));
+            }
+        });
+        let got = run_altered(&path);
+        match passes {
+            Some(passes) => {
+                // Sampling is given the altered condition, so that what follows from it differs as well.
+                let failed = failures(got.unwrap());
+                assert_eq!(!failed.contains(&"cond".to_string()), passes, "{rounding:?}: {failed:?}");
+            }
+            None => assert!(matches!(got, Err(Error::InvalidCase { .. })), "{rounding:?} was accepted"),
+        }
+    }
+}
+
 /// A kept case made into one of kind `picture`, without the guidance table that such cases do not record.
 fn as_picture(bytes: &mut [u8]) {
     // The description is JSON inside JSON; a blank keeps its length.
