@@ -22,6 +22,7 @@ import re
 import statistics
 import sys
 import time
+import traceback
 
 import torch
 import torch.nn.functional as F
@@ -116,6 +117,13 @@ class Layer(nn.Module):
         h = rms_norm(x, self.norm2)
         return x + self.down(F.silu(self.gate(h)) * self.up(h))
 
+    def decode(self, x, cos, sin, keys, values, position, mask):
+        """One token into a cache of fixed size."""
+        q, k, v = self.project(x, cos, sin)
+        keys.index_copy_(2, position, k)
+        values.index_copy_(2, position, v)
+        return self.finish(x, q, keys, values, mask=mask)
+
 
 class Backbone(nn.Module):
     def __init__(self, s):
@@ -151,14 +159,11 @@ class Backbone(nn.Module):
             x = layer.finish(x, q, keys, values)
         return self.image_out(rms_norm(x, self.norm)), grown
 
-    def step_static(self, x, keys, values, position, mask):
+    def step_static(self, x, keys, values, position, mask, decode=Layer.decode):
         """The same into caches of fixed size: `position` is a tensor, so that one graph does for all tokens."""
         cos, sin = self.angles(position)
         for i, layer in enumerate(self.layers):
-            q, k, v = layer.project(x, cos, sin)
-            keys[i].index_copy_(2, position, k)
-            values[i].index_copy_(2, position, v)
-            x = layer.finish(x, q, keys[i], values[i], mask=mask)
+            x = decode(layer, x, cos, sin, keys[i], values[i], position, mask)
         return self.image_out(rms_norm(x, self.norm))
 
 
@@ -211,20 +216,40 @@ class FlowHead(nn.Module):
             x = self.update(x, v.float(), times, i, guidance)
         return x
 
-    def sample_batched(self, c, times_embedded, times, noise, guidance=7.5):
-        """The same numbers with all modulations in one product per layer: they do not depend on x."""
-        branches, steps = c.shape[0], times_embedded.shape[0]
-        tables = self.modulations((times_embedded[:, None] + self.cond(c)[None]).flatten(0, 1))
+    def sample_batched(self, c, times_embedded, solver, noise, tables, evaluate, guidance=7.5):
+        """The same numbers with all modulations in one product per layer: they do not depend on x. `tables` and
+        `evaluate` are the methods of these names, or what a compiler makes of them."""
+        branches = c.shape[0]
+        tables = tables(self, c, times_embedded)
         x = noise
-        for i in range(steps):
+        for i, step in enumerate(solver):
             rows = slice(i * branches, (i + 1) * branches)
-            v = self.velocity(x.repeat(branches, 1).to(c.dtype), [tuple(m[rows] for m in ms) for ms in tables])
-            x = self.update(x, v.float(), times, i, guidance)
+            x = evaluate(self, x, [tuple(m[rows] for m in ms) for ms in tables], step, guidance)
         return x
 
+    def tables(self, c, times_embedded):
+        return self.modulations((times_embedded[:, None] + self.cond(c)[None]).flatten(0, 1))
+
+    def evaluate(self, x, modulations, step, guidance):
+        """One evaluation and step of the solver, whose coefficients are a tensor: the same code for all steps."""
+        branches = modulations[0][0].shape[0]
+        v = self.velocity(x.repeat(branches, 1).to(modulations[0][0].dtype), modulations).float()
+        return step[0] * x + step[1] * self.guide(v, guidance) + step[2] * torch.randn_like(x)
+
     @staticmethod
-    def update(x, v, times, i, guidance):
-        v = v[:1] if v.shape[0] == 1 else v[1:2] + guidance * (v[:1] - v[1:2])
+    def guide(v, guidance):
+        return v[:1] if v.shape[0] == 1 else v[1:2] + guidance * (v[:1] - v[1:2])
+
+    @staticmethod
+    def solver(times):
+        """What the state, the velocity and the noise of every step are multiplied with."""
+        steps = [(1 - dt, dt * (1 + t), math.sqrt(2 * (1 - t) * dt))
+                 for t, dt in zip(times.tolist(), times.diff().tolist())]
+        return torch.tensor(steps + [(1, 0.04, 0)])
+
+    @classmethod
+    def update(cls, x, v, times, i, guidance):
+        v = cls.guide(v, guidance)
         if i + 1 == len(times):
             return x + 0.04 * v
         t, dt = float(times[i]), float(times[i + 1] - times[i])
@@ -360,7 +385,8 @@ class Bench:
                               vae_ms={str(k): v for k, v in vae.items()},
                               image_s={str(k): v for k, v in image.items()}, peak_gb=peak, launches=launches))
 
-    @torch.inference_mode()
+    # Not inference_mode: torch 2.11 cannot compile products of batches in it (pytorch/pytorch#181512).
+    @torch.no_grad()
     def run(self):
         a, s, device, dtype = self.a, self.s, self.device, self.dtype
         size, branches, position = (2 if a.fmt == "bf16" else 4), a.branches, a.position
@@ -411,15 +437,17 @@ class Bench:
         mask = torch.zeros(1, 1, 1, length, device=device, dtype=dtype)
         mask[..., position:] = float("-inf")
         times = torch.linspace(0, 0.96, a.steps)
-        embedded = flow.embed_time(times.to(device))
+        embedded, solver = flow.embed_time(times.to(device)), flow.solver(times).to(device)
         noise = torch.randn(1, s["token"], device=device)
-        step, batched = backbone.step_static, flow.sample_batched
+        parts = Layer.decode, FlowHead.tables, FlowHead.evaluate
         if not a.no_compile:
+            # One layer and one evaluation, each compiled once: all 48 and 28 of them unrolled take many minutes.
             # Without a GPU only the tracing is tried: inductor's C++ would say nothing about one.
-            options = dict(fullgraph=False) if self.cuda else dict(backend="eager")
-            step, batched = torch.compile(step, **options), torch.compile(batched, **options)
-        token = lambda: step(x, keys, values, at, mask)
-        sample = lambda: batched(c, embedded, times.tolist(), noise)
+            options = dict() if self.cuda else dict(backend="eager")
+            parts = [torch.compile(part, fullgraph=True, dynamic=False, **options) for part in parts]
+        decode, tables, evaluate = parts
+        token = lambda: backbone.step_static(x, keys, values, at, mask, decode)
+        sample = lambda: flow.sample_batched(c, embedded, solver, noise, tables, evaluate)
         for work in (token, sample):
             work()
         graphed = (self.time("graph backbone", self.clock.capture(token)),
@@ -511,12 +539,15 @@ def main():
     args.fmt = args.fmt or ("bf16" if torch.cuda.is_available() and not args.cpu else "f32")
     torch.manual_seed(1)
     s = TOY if args.toy else REAL
-    bench = Bench(args, s)
+    bench, failed = Bench(args, s), False
     try:
         bench.run()
-    except torch.OutOfMemoryError as error:
+    except Exception:
+        if not bench.rows:
+            raise
         # What was measured before is worth keeping.
-        print(f"out of memory: {error}", file=sys.stderr)
+        traceback.print_exc()
+        failed = True
     rows = bench.rows
     if args.ours:
         rows = rows + [dict(ours(args.ours, args.position, s["sizes"]), branches=args.branches, steps=args.steps)]
@@ -530,6 +561,8 @@ def main():
         with open(args.output, "w") as file:
             json.dump(dict(schema="warpstep-peers-1", torch=torch.__version__, device=name, toy=args.toy,
                            settings=standard, ceilings=top, rows=rows, samples_ms=bench.samples), file, indent=1)
+    if failed:
+        sys.exit("not all rows were measured")
 
 
 if __name__ == "__main__":
