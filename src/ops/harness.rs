@@ -135,6 +135,11 @@ impl Rig {
         self.device.info().sm_count
     }
 
+    /// Whether the number of SMs is a GPU's own.
+    pub fn is_gpu(&self) -> bool {
+        self.device.info().kind == "cuda"
+    }
+
     fn next(&mut self) -> u64 {
         // SplitMix64.
         self.random = self.random.wrapping_add(0x9e37_79b9_7f4a_7c15);

@@ -124,11 +124,16 @@ pub fn case(
 ) -> Case {
     let run = move |rig: &mut Rig| {
         let selection = Selection::one(op, variant)?;
-        // Real shapes use the geometry that ships.
-        let sm_count = if scale == Scale::Real { 132 } else { rig.sm_count() };
+        let sm_count = sm_count(scale, rig.is_gpu(), rig.sm_count());
         run(rig, &Launch { selection: &selection, dtype, sm_count, dependent: true })
     };
     Case { label, variant, dtype, scale, bytes, flops, run: Box::new(run) }
+}
+
+/// SMs that a case of `scale` is laid out for: real shapes take the geometry that ships, but a GPU (an H100 PCIe has 114
+/// SMs) has those that it has, and more blocks that wait for each other would be refused.
+fn sm_count(scale: Scale, gpu: bool, device: u32) -> u32 {
+    if scale == Scale::Real && !gpu { 132 } else { device }
 }
 
 /// When a case of so many operations runs: the instrumented builds do 10 to 100 MFLOP/s.
@@ -141,6 +146,12 @@ mod tests {
     use super::super::{attention, linear, o_proj, out_proj, qkv};
     use super::*;
     use crate::device::DevicePtr;
+
+    #[test]
+    fn real_cases_are_laid_out_for_132_sms_or_for_those_of_the_gpu() {
+        assert_eq!([sm_count(Scale::Real, false, 4), sm_count(Scale::Real, true, 114)], [132, 114]);
+        assert_eq!([sm_count(Scale::Medium, false, 4), sm_count(Scale::Small, true, 114)], [4, 114]);
+    }
 
     /// Disjoint fake buffers of 1 MiB.
     fn span(index: u64) -> Span {
