@@ -85,3 +85,57 @@ fn doctor_tells_driver_and_gpu() {
     assert_eq!(json["cuda"]["capability"], serde_json::json!([8, 0]));
     assert!(json["cuda_unusable"].as_str().unwrap().contains("compute capability 8.0"));
 }
+
+/// The stub's images hold none of these kernels, so that no unit can be launched.
+#[test]
+fn a_unit_of_conformance_that_cannot_be_launched_does_not_hide_the_next() {
+    let stub = Stub::new();
+    let listed = warpstep(&stub.path, "", &["kernels", "conformance", "--list"]);
+    let units = text(&listed.stdout).lines().map(str::to_owned).collect::<Vec<_>>();
+    assert!(listed.status.success() && units.len() > 10, "{units:?}");
+    let folder = tempfile::tempdir().unwrap();
+    let file = folder.path().join("conformance.safetensors");
+    let arguments =
+        ["kernels", "conformance", "--device", "cuda", "--out", file.to_str().unwrap(), "--cubins"];
+    let output = warpstep(&stub.path, "", &[&arguments[..], &[images().to_str().unwrap()]].concat());
+    let shown = text(&output.stdout);
+    assert_eq!(output.status.code(), Some(1), "{shown}");
+    for unit in &units {
+        assert!(
+            shown.lines().any(|l| l.starts_with(&format!("{unit}: ")) && l.contains(": FAIL")),
+            "{shown}"
+        );
+    }
+    assert!(shown.ends_with(&format!("\n0 passed, {} failed\n", units.len())), "{shown}");
+    assert!(!file.exists() && text(&output.stderr).contains("is not written"));
+}
+
+#[test]
+fn a_kernel_that_the_driver_refuses_does_not_end_the_bench() {
+    let stub = Stub::new();
+    let folder = tempfile::tempdir().unwrap();
+    let file = folder.path().join("kernels.json");
+    let run = |options: &str| {
+        let arguments =
+            ["kernels", "bench", "--device", "cuda", "--op", "embed", "--scale", "small", "--repeat", "1"];
+        let report = ["--format", "json", "--output", file.to_str().unwrap()];
+        let cubins = ["--cubins", images().to_str().unwrap()];
+        let options = format!("total=600000000{options}");
+        let output = warpstep(&stub.path, &options, &[&arguments[..], &report, &cubins].concat());
+        let report: serde_json::Value = serde_json::from_slice(
+            &std::fs::read(&file).unwrap_or_else(|error| panic!("{error}: {}", text(&output.stderr))),
+        )
+        .unwrap();
+        (output.status.code(), text(&output.stderr), report["rows"].as_array().unwrap().len())
+    };
+    let (code, message, all) = run("");
+    assert!(code == Some(0) && all > 4, "{all} rows: {message}");
+    // Of the graphs, one of a cold and one of a hot cache for each case, the first.
+    let (code, message, rows) = run(",fail_name=cuGraphInstantiateWithParams,code=1");
+    assert_eq!((code, rows), (Some(1), all - 2), "{message}");
+    assert_eq!(message.lines().filter(|line| line.contains("FAIL: ")).count(), 1, "{message}");
+    assert_eq!(message.lines().filter(|line| line.contains(": cold ")).count(), rows / 2, "{message}");
+    // After a kernel that went wrong there is nothing to be had, but the report is written.
+    let (code, message, rows) = run(",fail_name=cuGraphInstantiateWithParams,code=700");
+    assert_eq!((code, rows), (Some(1), 0), "{message}");
+}

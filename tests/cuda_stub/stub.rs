@@ -40,6 +40,7 @@ pub fn images() -> &'static Path {
         let folder = tempfile::tempdir().unwrap();
         let mut modules: BTreeMap<&str, Vec<&str>> = BTreeMap::new();
         modules.insert("bugs", vec!["emu_add_one"]);
+        modules.insert("bench", vec!["bench_copy", "bench_sum", "bench_fill_bf16", "bench_fill_f32"]);
         for variant in ops::registry().iter().flat_map(|op| op.variants) {
             for (_, kernel) in variant.kernels {
                 modules.entry(kernel.module).or_default().push(kernel.symbol);

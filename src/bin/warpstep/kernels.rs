@@ -79,6 +79,10 @@ pub struct Conformance {
     #[arg(long)]
     unit: Option<String>,
 
+    /// Print the names of all units and run none.
+    #[arg(long, conflicts_with_all = ["unit", "out", "against"])]
+    list: bool,
+
     /// Keep all outputs in this file, for --against elsewhere.
     #[arg(long, value_name = "FILE", conflicts_with = "unit")]
     out: Option<PathBuf>,
@@ -142,13 +146,27 @@ impl List {
 
 impl Conformance {
     fn run(self) -> Result<ExitCode> {
+        if self.list {
+            conformance::UNITS.iter().for_each(|unit| println!("{}", unit.name));
+            return Ok(ExitCode::SUCCESS);
+        }
         let device = self.device.open()?;
         let kept = self.against.as_deref().map(Outputs::load).transpose()?;
         let only = self.unit.as_deref().map(conformance::find).transpose()?;
         let mut outputs = Outputs { device: device.info().name, units: Vec::new() };
-        let mut failed = 0;
+        let (mut passed, mut failed) = (0, 0);
         for unit in conformance::UNITS.iter().filter(|u| only.is_none_or(|only| only.name == u.name)) {
-            let words = unit.run(device.as_ref())?;
+            let words = match unit.run(device.as_ref()) {
+                Ok(words) => words,
+                Err(error) => {
+                    failed += 1;
+                    println!("{}: {error}: FAIL ({})", unit.name, unit.primitives.join(" "));
+                    if device.stream().and_then(|mut s| s.synchronize()).is_err() {
+                        bail!("the device is in error after {}; run the other units alone", unit.name);
+                    }
+                    continue;
+                }
+            };
             let mut verdict = unit.check(&words).map(|wrong| (wrong, "the manual"));
             if let (None, Some(kept)) = (&verdict, &kept) {
                 let theirs = kept.units.iter().find(|(name, _)| name == unit.name);
@@ -158,7 +176,10 @@ impl Conformance {
             }
             let primitives = unit.primitives.join(" ");
             match verdict {
-                None => println!("{}: {} words: ok ({primitives})", unit.name, words.len()),
+                None => {
+                    passed += 1;
+                    println!("{}: {} words: ok ({primitives})", unit.name, words.len());
+                }
                 Some((wrong, source)) => {
                     failed += 1;
                     println!(
@@ -173,9 +194,12 @@ impl Conformance {
             }
             outputs.units.push((unit.name.into(), words));
         }
-        println!("{} passed, {failed} failed", outputs.units.len() - failed);
+        println!("{passed} passed, {failed} failed");
         if let Some(path) = &self.out {
-            outputs.save(path)?;
+            match outputs.units.len() == conformance::UNITS.len() {
+                true => outputs.save(path)?,
+                false => eprintln!("not every unit ran: {} is not written", path.display()),
+            }
         }
         Ok(if failed == 0 { ExitCode::SUCCESS } else { ExitCode::FAILURE })
     }

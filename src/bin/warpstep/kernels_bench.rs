@@ -8,6 +8,7 @@ use std::process::ExitCode;
 use warpstep::bench::ceilings::{Ceilings, Sizes};
 use warpstep::bench::kernels::{Bench, Options, choose};
 use warpstep::bench::report::Report;
+use warpstep::bench::samples::Row;
 use warpstep::ops::DType;
 use warpstep::ops::harness::Scale;
 
@@ -96,21 +97,29 @@ impl KernelsBench {
             ceilings.gemm.tflop_per_s(),
             ceilings.gemm.variant
         );
-        let bench = Bench::new(device)?;
+        let bench = Bench::new(device.clone())?;
         let mut report = Report { header, ceilings, rows: Vec::new() };
         report.header.notes.push(bench.note());
         let mut failed = 0;
         for choice in &chosen {
             match bench.run(choice, &options) {
-                Ok(rows) => report.rows.extend(rows),
+                Ok(rows) => {
+                    let [cold, hot] = rows.each_ref().map(Row::median);
+                    let (test, variant, shape) = (&rows[0].test, &rows[0].variant, &rows[0].shape);
+                    eprintln!("{test} {variant} {shape}: cold {cold:.4} ms, hot {hot:.4} ms");
+                    report.rows.extend(rows);
+                    // Time may run out before the last case.
+                    self.measured.keep(&report)?;
+                }
                 Err(error) => {
                     failed += 1;
                     let case = &choice.case;
                     let name = format!("{} {} {}", choice.op.name, case.variant, case.dtype.name());
                     eprintln!("{name} {}: FAIL: {error}", case.label);
                     report.header.notes.push(format!("{name} {}: {error}", case.label));
-                    if matches!(error, warpstep::Error::DeviceLost { .. } | warpstep::Error::Launch { .. }) {
-                        // A failed launch is sticky: what follows would tell nothing.
+                    // A launch that was refused left the device as it was; after a kernel that went wrong, what
+                    // follows would tell nothing.
+                    if device.stream().and_then(|mut stream| stream.synchronize()).is_err() {
                         break;
                     }
                 }

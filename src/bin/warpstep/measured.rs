@@ -87,19 +87,28 @@ impl Measured {
 
     /// Writes the report where it was asked for.
     pub fn write(&self, report: &Report) -> Result<()> {
-        let text = report.text(match self.format {
-            FormatName::Md => Format::Md,
-            FormatName::Csv => Format::Csv,
-            FormatName::Json => Format::Json,
-        })?;
         match &self.output {
-            None => print!("{text}"),
+            None => print!("{}", self.text(report)?),
             Some(path) => {
-                std::fs::write(path, text).with_context(|| format!("cannot write {}", path.display()))?;
+                self.keep(report)?;
                 eprintln!("wrote {}", path.display());
             }
         }
         Ok(())
+    }
+
+    /// Writes what there is of a report so far, if it goes to a file.
+    pub fn keep(&self, report: &Report) -> Result<()> {
+        let Some(path) = &self.output else { return Ok(()) };
+        std::fs::write(path, self.text(report)?).with_context(|| format!("cannot write {}", path.display()))
+    }
+
+    fn text(&self, report: &Report) -> Result<String> {
+        Ok(report.text(match self.format {
+            FormatName::Md => Format::Md,
+            FormatName::Csv => Format::Csv,
+            FormatName::Json => Format::Json,
+        })?)
     }
 }
 
