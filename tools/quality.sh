@@ -2,7 +2,7 @@
 # Judges pictures that warpstep draws from captions of the demo model's grammar:
 #
 #   tools/quality.sh [--captions N] [--kind one|two|row|mixed] [--seed S] [--out DIR] [--compare DIR2]
-#                    [--strict] [-- OPTIONS of warpstep generate ...]
+#                    [--sheet FILE] [--strict] [-- OPTIONS of warpstep generate ...]
 #
 #   tools/quality.sh --captions 8 --kind one
 #   tools/quality.sh --captions 120 --out f32 -- --precision f32
@@ -11,8 +11,8 @@
 # Draws N captions (24) that training has not seen, of one kind or of all (mixed), from seed S (1), gives picture i the
 # noise of seed S + i, writes pictures and captions.tsv into DIR (a new temporary folder), prints the table of
 # tools/demo/check.py with standard errors, and the failures. --compare also lists the captions whose verdict differs
-# from DIR2, a folder of the same captions made by this script or by `tools/demo/evaluate.py --save`. --strict exits
-# with 1 unless every picture is right.
+# from DIR2, a folder of the same captions made by this script or by `tools/demo/evaluate.py --save`. --sheet also writes
+# the pictures side by side (PNG). --strict exits with 1 unless every picture is right.
 #
 # WARPSTEP names the binary (target/release/warpstep), PYTHON an interpreter with numpy, scipy and pillow (python3,
 # with what tools/setup.sh installed).
@@ -29,7 +29,7 @@ usage() {
     sed -n '2,/^set /{/^#/s/^# \{0,1\}//p}' "${BASH_SOURCE[0]}"
 }
 
-captions=24 kind=mixed seed=1 out='' compare='' strict=()
+captions=24 kind=mixed seed=1 out='' compare='' sheet='' last=()
 while (($#)); do
     case $1 in
         --help | -h)
@@ -41,10 +41,10 @@ while (($#)); do
             break
             ;;
         --strict)
-            strict=(--strict)
+            last+=(--strict)
             shift
             ;;
-        --captions | --kind | --seed | --out | --compare)
+        --captions | --kind | --seed | --out | --compare | --sheet)
             (($# > 1)) || { echo "quality.sh: $1 needs a value" >&2; exit 2; }
             printf -v "${1#--}" %s "$2"
             shift 2
@@ -86,4 +86,5 @@ echo "$out: $captions captions, kind $kind, seed $seed, generate ${*:-with its d
 if [[ -n $compare ]]; then
     "${check[@]}" "$out" --compare "$compare"
 fi
-"${check[@]}" "$out" "${strict[@]}"
+[[ -z $sheet ]] || last+=(--sheet "$sheet")
+"${check[@]}" "$out" "${last[@]}"

@@ -32,14 +32,14 @@ OBJECT_DISTANCE = 0.25
 SPECK = 0.004
 PLACE_TOLERANCE = 0.13
 SIZE_TOLERANCE = (0.72, 1.38)
-# Area of a shape of size 1, and how far its centroid lies below its centre.
-AREA = {
-    "circle": np.pi,
-    "square": 4 * scenes.SQUARE_HALF**2,
-    "triangle": 0.5 * 1.8 * 1.9,
-    "star": 5 * np.sin(np.pi / 5) * scenes.STAR_OUTER * scenes.STAR_INNER,
-}
-CENTROID = {"circle": 0.0, "square": 0.0, "triangle": 0.95 / 3, "star": 0.0}
+# Area of a shape of size 1, and how far its centroid lies to the right of its centre and below it.
+AREA = {"circle": np.pi, "square": 4 * scenes.SQUARE_HALF**2}
+CENTROID = {"circle": np.zeros(2), "square": np.zeros(2)}
+for _shape, _corners in scenes.POLYGONS.items():
+    _next = np.roll(_corners, -1, 0)
+    _doubled = _corners[:, 0] * _next[:, 1] - _next[:, 0] * _corners[:, 1]
+    AREA[_shape] = abs(_doubled.sum()) / 2
+    CENTROID[_shape] = ((_corners + _next) * _doubled[:, None]).sum(0) / (3 * _doubled.sum())
 
 
 def nearest_colour(pixels):
@@ -54,9 +54,10 @@ def fit_shape(region):
     ys, xs = np.nonzero(region)
     x, y = (xs.mean() + 0.5) / width, (ys.mean() + 0.5) / height
     best, best_overlap = None, -1.0
-    for shape in scenes.SHAPES:
+    for shape in scenes.ALL_SHAPES:
         size = np.sqrt(len(xs) / AREA[shape]) / side
-        thing = scenes.Thing("", shape, x, y - CENTROID[shape] * size * side / height, size)
+        right, below = CENTROID[shape] * size * side
+        thing = scenes.Thing("", shape, x - right / width, y - below / height, size)
         template = scenes.coverage(thing, height, width) > 0.5
         overlap = (template & region).sum() / (template | region).sum()
         if overlap > best_overlap:
@@ -200,7 +201,8 @@ def compare_directories(first, second):
 def self_test(count=300, side=(128, 128), seed=5):
     """Judge ground-truth renderings, and the same renderings against the caption of the next one."""
     rng = np.random.default_rng(seed)
-    plain = [scenes.draw_scene(rng, rng.choice(["one", "two", "row"], p=[0.5, 0.3, 0.2])) for _ in range(count)]
+    kinds = rng.choice(list(scenes.MIXED), count, p=list(scenes.MIXED.values()))
+    plain = [scenes.draw_scene(rng, kind, shapes=scenes.ALL_SHAPES) for kind in kinds]
     read = [scenes.parse_caption(scenes.caption(s, rng)) for s in plain]
     if read != plain:
         raise ValueError("a caption does not read back as the scene it was made from")

@@ -17,6 +17,8 @@ from tokenizer import SPECIAL_IDS, image_prefix
 EOS, EOI = SPECIAL_IDS["<|endoftext|>"], SPECIAL_IDS["<|end_of_image|>"]
 # Which edits are drawn for training: in proportion to what they leave to learn.
 EDIT_SHARES = {"colour": 0.21, "background": 0.27, "shape": 0.25, "remove": 0.05, "add": 0.22}
+# How many examples are of all shapes rather than of the four that figures are about.
+WIDE_SHARE = 0.5
 HOLE, PAD = SPECIAL_IDS["<|image_placeholder|>"], SPECIAL_IDS["[PAD]"]
 IGNORE = -100
 CELL = 16
@@ -59,12 +61,13 @@ class Pool:
         side = (self.grid[0] * CELL, self.grid[1] * CELL)
         texts, before, after = [], [], []
         for _ in range(count):
+            shapes = scenes.ALL_SHAPES if rng.random() < WIDE_SHARE else scenes.SHAPES
             if self.kind == "edit":
                 kind = rng.choice(list(EDIT_SHARES), p=list(EDIT_SHARES.values()))
-                source, text, target = scenes.draw_edit(rng, kind)
+                source, text, target = scenes.draw_edit(rng, kind, shapes)
                 before.append(scenes.render(source, *side))
             else:
-                plain = scenes.draw_scene(rng, self.kind)
+                plain = scenes.draw_scene(rng, self.kind, shapes=shapes)
                 text, target = scenes.caption(plain, rng), scenes.jitter(rng, plain)
             texts.append(text)
             after.append(target)
@@ -99,21 +102,11 @@ class Pool:
         self.sources = list(state["sources"]) if "sources" in state else [None] * len(self.texts)
 
 
-def without_word(text, rng):
-    """The caption without one of its colours or shapes, so that each is learned on its own and pairs that training
-    never shows can be put together from what it does show."""
-    words = text.split(" ")
-    named = [i for i, word in enumerate(words) if word.strip(".").rstrip("s") in (*scenes.COLOURS, *scenes.SHAPES)]
-    if named:
-        del words[named[rng.integers(len(named))]]
-    return " ".join(words)
-
-
 def without_first_shape(text):
     """The caption without the shape of its first object. Which of two shapes a token should look at is learned late or
     never; the only shape there is, at once, and the choice after it."""
     words = text.split(" ")
-    named = [i for i, word in enumerate(words) if word in scenes.SHAPES]
+    named = [i for i, word in enumerate(words) if word in scenes.ALL_SHAPES]
     return " ".join(words[: named[0]] + words[named[0] + 1 :]) if named else text
 
 
@@ -128,23 +121,19 @@ def draw_haze(rng, late):
     return rng.uniform(0.6, 2.0) if rng.random() < strong else rng.uniform(0.02, most)
 
 
-def make_batch(
-    picks, tok, grid, rng, drop_text=0.1, drop_all=0.04, drop_word=0.0, drop_first=0.0, late=False, noise=0.03
-):
+def make_batch(picks, tok, grid, rng, drop_text=0.1, drop_all=0.04, drop_first=0.0, late=False, noise=0.03):
     """A `Batch` from picks, a list of (pool, index) on one grid.
 
     `drop_text` of the rows lose their text, `drop_all` of the edits their source picture as well, which trains the
-    branches of classifier-free guidance; `drop_word` of the captions (not of edits) lose one word, `drop_first` of
-    those of kind "above" the shape of the upper object. Source pictures and targets get Gaussian noise of `noise`, the
-    tokens drawn so far that of `draw_haze`, which is less `late` in training."""
+    branches of classifier-free guidance; `drop_first` of the captions of kind "above" the shape of the upper object.
+    Source pictures and targets get Gaussian noise of `noise`, the tokens drawn so far that of `draw_haze`, which is
+    less `late` in training."""
     prefix = image_prefix(tok, grid)
     count = grid[0] * grid[1]
     rows, given, blur, starts = [], [], [], []
     for pool, index in picks:
         source, chance = pool.sources[index], rng.random()
         words = pool.texts[index]
-        if source is None and rng.random() < drop_word:
-            words = without_word(words, rng)
         if pool.kind == "above" and rng.random() < drop_first:
             words = without_first_shape(words)
         text = [] if chance < drop_text else tok.encode(words, add_special_tokens=False).ids

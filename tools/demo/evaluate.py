@@ -40,9 +40,14 @@ def in_batches(model, tok, texts, grid, args, sources=None):
     return torch.cat(parts)
 
 
+def shapes_of(args):
+    """The four shapes of every figure, or all."""
+    return scenes.ALL_SHAPES if args.all_shapes else scenes.SHAPES
+
+
 def evaluate_captions(model, vae, tok, grid, args):
     """(pictures, verdicts, kinds, texts) for captions."""
-    plain, texts = scenes.draw_captions(args.captions, args.seed, args.kind, args.held_out)
+    plain, texts = scenes.draw_captions(args.captions, args.seed, args.kind, args.held_out, shapes_of(args))
     pictures = sampler.decode_tokens(vae, in_batches(model, tok, texts, grid, args), grid)
     return pictures, [check.judge(p, s) for p, s in zip(pictures, plain)], [s.kind for s in plain], texts
 
@@ -50,7 +55,7 @@ def evaluate_captions(model, vae, tok, grid, args):
 def evaluate_edits(model, vae, tok, grid, args):
     """The same for editing pairs; the kind is the instruction's verb."""
     rng = np.random.default_rng(args.seed + 1_000_003)
-    pairs = [scenes.draw_edit(rng) for _ in range(args.captions)]
+    pairs = [scenes.draw_edit(rng, shapes=shapes_of(args)) for _ in range(args.captions)]
     texts = [text for _, text, _ in pairs]
     before = np.stack([scenes.render(source, grid[0] * CELL, grid[1] * CELL) for source, _, _ in pairs])
     tokens = in_batches(model, tok, texts, grid, args, sampler.encode_pictures(vae, before))
@@ -62,7 +67,7 @@ def evaluate_edits(model, vae, tok, grid, args):
 def evaluate_vae(vae, grid, args):
     """PSNR in dB of each reconstruction, and the checker's verdicts on them."""
     rng = np.random.default_rng(args.seed + 1_000_003)
-    plain, _ = scenes.draw_captions(args.captions, args.seed)
+    plain, _ = scenes.draw_captions(args.captions, args.seed, shapes=shapes_of(args))
     original = np.stack([scenes.render(scenes.jitter(rng, s), grid[0] * CELL, grid[1] * CELL) for s in plain])
     pictures = sampler.decode_tokens(vae, sampler.encode_pictures(vae, original), grid)
     squared = ((pictures.astype(np.float64) - original) ** 2).mean((1, 2, 3))
@@ -75,7 +80,7 @@ def main():
     parser.add_argument("model", help="model directory in the official layout")
     parser.add_argument("--vae-dir", help="VAE directory; default MODEL/vae")
     parser.add_argument("--captions", type=int, default=96, help="how many captions or edits")
-    parser.add_argument("--size", default="128x128", help="WIDTHxHEIGHT in pixels")
+    parser.add_argument("--size", default="64x64", help="WIDTHxHEIGHT in pixels")
     parser.add_argument("--cfg", type=float, default=2.0)
     parser.add_argument("--cfg-img", type=float, default=1.0)
     parser.add_argument("--steps", type=int, default=10)
@@ -84,6 +89,7 @@ def main():
     parser.add_argument("--noise-level", type=float, default=0.8, help="noise of the sde and cps samplers")
     parser.add_argument("--no-norm", action="store_true", help="leave sampled tokens as they are (use_norm false)")
     parser.add_argument("--held-out", action="store_true", help="only held-out colour-shape pairs, one object")
+    parser.add_argument("--all-shapes", action="store_true", help="diamonds, crosses, hearts and arrows as well")
     parser.add_argument("--kind", choices=("mixed", *scenes.MIXED), default="mixed", help="only captions of one kind")
     parser.add_argument("--edits", action="store_true", help="score editing instead of captions")
     parser.add_argument("--vae", action="store_true", help="score the VAE alone")

@@ -37,6 +37,11 @@ class ModelConfig:
         return self.latent_channels * self.latent_patch_size**2
 
 
+def at_least_float32(dtype):
+    """What norms and softmax are computed in: float32, or float64 where the whole model is."""
+    return torch.promote_types(dtype, torch.float32)
+
+
 class RMSNorm(nn.Module):
     """x / rms(x) in float32, back to x's type, then times the weight (the published order of rounding)."""
 
@@ -46,8 +51,8 @@ class RMSNorm(nn.Module):
         self.eps = eps
 
     def forward(self, x):
-        x32 = x.float()
-        return (x32 * torch.rsqrt(x32.pow(2).mean(-1, keepdim=True) + self.eps)).to(x.dtype) * self.weight
+        wide = x.to(at_least_float32(x.dtype))
+        return (wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + self.eps)).to(x.dtype) * self.weight
 
 
 def rotary_frequencies(head_dim, theta):
@@ -100,7 +105,8 @@ class Attention(nn.Module):
         scores = scores.view(rows, self.heads, length, -1)
         if mask is None:
             mask = torch.ones(length, length, dtype=torch.bool, device=x.device).tril()
-        weights = scores.masked_fill(~mask, float("-inf")).softmax(-1, dtype=torch.float32).to(v.dtype)
+        masked = scores.masked_fill(~mask, float("-inf"))
+        weights = masked.softmax(-1, dtype=at_least_float32(v.dtype)).to(v.dtype)
         out = weights.view(rows, self.kv_heads, -1, weights.shape[-1]) @ v
         out = out.view(rows, self.heads, length, self.head_dim)
         return self.o_proj(out.transpose(1, 2).reshape(rows, length, -1))

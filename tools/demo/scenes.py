@@ -22,7 +22,10 @@ PALETTE = {
     "black": (25, 25, 25),
 }
 COLOURS = tuple(PALETTE)
+# Every figure is about the first four unless it says otherwise. The others are there to be drawn too, but mostly
+# because the more shapes a colour has been seen in, the less is gained by learning which pairs there are.
 SHAPES = ("circle", "square", "triangle", "star")
+ALL_SHAPES = (*SHAPES, "diamond", "cross", "heart", "arrow")
 
 # Pairs that never occur in training, so that composing colour and shape can be measured.
 HELD_OUT = frozenset({("purple", "star"), ("orange", "triangle")})
@@ -46,6 +49,22 @@ TRIANGLE = np.array([(0.0, -0.95), (0.9, 0.95), (-0.9, 0.95)])
 STAR_OUTER, STAR_INNER = 1.08, 0.52
 _spoke = np.arange(10) * np.pi / 5
 STAR = np.stack([np.sin(_spoke), -np.cos(_spoke)], 1) * np.where(np.arange(10) % 2, STAR_INNER, STAR_OUTER)[:, None]
+DIAMOND = np.array([(0.0, -1.08), (0.82, 0.0), (0.0, 1.08), (-0.82, 0.0)])
+_ARM = np.array([(-0.36, -1.0), (0.36, -1.0), (0.36, -0.36)])
+CROSS = np.concatenate([_ARM @ np.array([[c, s], [-s, c]]) for c, s in ((1, 0), (0, 1), (-1, 0), (0, -1))])
+_turn = np.arange(28) * np.pi / 14
+_below = 5 * np.cos(2 * _turn) + 2 * np.cos(3 * _turn) + np.cos(4 * _turn) - 13 * np.cos(_turn) - 2.5
+HEART = np.stack([16 * np.sin(_turn) ** 3, _below], 1) / 15.5
+_HEAD = [(0.1, -0.9), (1.05, 0.0), (0.1, 0.9), (0.1, 0.4)]
+ARROW = np.array([(-1.05, -0.4), (0.1, -0.4), *_HEAD, (-1.05, 0.4)])
+POLYGONS = {
+    "triangle": TRIANGLE,
+    "star": STAR,
+    "diamond": DIAMOND,
+    "cross": CROSS,
+    "heart": HEART,
+    "arrow": ARROW,
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -70,10 +89,10 @@ class Scene:
     words: tuple = ()
 
 
-def draw_pair(rng, background, held_out):
+def draw_pair(rng, background, held_out, shapes=SHAPES):
     """A (colour, shape) that shows on `background`: only held-out pairs, or none of them."""
     while True:
-        pair = (COLOURS[rng.integers(8)], SHAPES[rng.integers(4)])
+        pair = (COLOURS[rng.integers(8)], shapes[rng.integers(len(shapes))])
         if pair[0] != background and (pair in HELD_OUT) == held_out:
             return pair
 
@@ -98,13 +117,13 @@ def row_scene(background, colour, shape, count):
     return Scene(background, things, "row", (count,))
 
 
-def draw_scene(rng, kind, held_out=False):
+def draw_scene(rng, kind, held_out=False, shapes=SHAPES):
     """A random scene of `kind` "one", "two", "above" (two with one relation) or "row", without jitter. `held_out` uses
     only the held-out pairs."""
     background = COLOURS[rng.integers(8)]
     if held_out:
         background = ("red", "green", "blue", "yellow", "white", "black")[rng.integers(6)]
-    first = draw_pair(rng, background, held_out)
+    first = draw_pair(rng, background, held_out, shapes)
     if kind == "one":
         size = ("", "", "small", "large")[rng.integers(4)]
         corner = (tuple(CORNERS)[rng.integers(4)]) if rng.random() < 0.45 else ""
@@ -112,7 +131,7 @@ def draw_scene(rng, kind, held_out=False):
     if kind in ("two", "above"):
         second = first
         while second == first:
-            second = draw_pair(rng, background, held_out)
+            second = draw_pair(rng, background, held_out, shapes)
         relation = "above" if kind == "above" else ("to the left of", "above")[rng.integers(2)]
         return pair_scene(background, first, second, relation)
     if kind == "row":
@@ -148,7 +167,7 @@ def caption(scene, rng=None):
         text = f"{article(a.colour)} {a.shape} {scene.words[0]} {article(b.colour)} {b.shape}"
     else:
         thing, count = scene.things[0], scene.words[0]
-        text = f"{NUMBERS[count]} {thing.colour} {thing.shape}s"
+        text = f"{NUMBERS[count]} {thing.colour} {thing.shape}{'es' if thing.shape == 'cross' else 's'}"
     short = rng is not None and rng.random() < 0.3
     text += f" on {scene.background}" if short else f" on {article(scene.background)} background"
     if rng is not None and rng.random() < 0.2:
@@ -160,24 +179,24 @@ def caption(scene, rng=None):
 MIXED = {"one": 0.5, "two": 0.3, "row": 0.2}
 
 
-def draw_captions(count, seed, kind="mixed", held_out=False):
+def draw_captions(count, seed, kind="mixed", held_out=False, shapes=SHAPES):
     """(scenes without jitter, their captions) that training has not seen, of all kinds or of one; `held_out` asks for
     single objects of the held-out pairs. The same arguments give the same captions everywhere."""
     rng = np.random.default_rng(seed + 1_000_003)
     kinds = rng.choice(list(MIXED), count, p=list(MIXED.values()))
     if held_out or kind != "mixed":
         kinds = ["one" if held_out else kind] * count
-    plain = [draw_scene(rng, kind, held_out) for kind in kinds]
+    plain = [draw_scene(rng, kind, held_out, shapes) for kind in kinds]
     return plain, [caption(s, rng) for s in plain]
 
 
 EDITS = ("colour", "background", "shape", "remove", "add")
 
 
-def draw_addition(rng):
+def draw_addition(rng, shapes):
     """(source scene, instruction, target scene) of one "add": into an empty scene, or opposite an object that sits
     in a corner, where the two cannot touch."""
-    target = draw_scene(rng, "one")
+    target = draw_scene(rng, "one", shapes=shapes)
     thing, (size, corner) = target.things[0], target.words
     text = f"add {article(f'{size} {thing.colour} {thing.shape}'.strip())}" + (f" at the {corner}" if corner else "")
     if not corner or rng.random() < 0.5:
@@ -185,18 +204,18 @@ def draw_addition(rng):
     else:
         row, column = corner.split()
         opposite = f"{'bottom' if row == 'top' else 'top'} {'right' if column == 'left' else 'left'}"
-        pair = draw_pair(rng, target.background, held_out=False)
+        pair = draw_pair(rng, target.background, False, shapes)
         source = one_thing(target.background, *pair, ("", "small")[rng.integers(2)], opposite)
     source, target = jitter(rng, source), jitter(rng, target)
     return source, text, Scene(target.background, source.things + target.things, "added")
 
 
-def draw_change(rng, kind):
+def draw_change(rng, kind, shapes):
     """(source scene, instruction, target scene) of an edit of the one object, or of the background behind it."""
     while True:
-        source = draw_scene(rng, "one")
+        source = draw_scene(rng, "one", shapes=shapes)
         thing, (size, corner) = source.things[0], source.words
-        colour, shape = COLOURS[rng.integers(8)], SHAPES[rng.integers(4)]
+        colour, shape = COLOURS[rng.integers(8)], shapes[rng.integers(len(shapes))]
         if kind == "colour":
             text = f"make the {thing.shape} {colour}"
             target = one_thing(source.background, colour, thing.shape, size, corner)
@@ -221,10 +240,10 @@ def draw_change(rng, kind):
     return source, text, target
 
 
-def draw_edit(rng, kind=None):
+def draw_edit(rng, kind=None, shapes=SHAPES):
     """(source scene, instruction, target scene) of one of `EDITS`, any of them when `kind` is not given."""
     kind = kind or EDITS[rng.integers(len(EDITS))]
-    source, text, target = draw_addition(rng) if kind == "add" else draw_change(rng, kind)
+    source, text, target = draw_addition(rng, shapes) if kind == "add" else draw_change(rng, kind, shapes)
     if rng.random() < 0.2:
         text = text[0].upper() + text[1:] + "."
     return source, text, target
@@ -251,7 +270,7 @@ def shape_distance(shape, points, size):
     if shape == "square":
         beyond = np.abs(points) - SQUARE_HALF * size
         return np.sqrt((np.maximum(beyond, 0) ** 2).sum(-1)) + np.minimum(beyond.max(-1), 0)
-    return polygon_distance(points, (TRIANGLE if shape == "triangle" else STAR) * size)
+    return polygon_distance(points, POLYGONS[shape] * size)
 
 
 def coverage(thing, height, width):
@@ -287,7 +306,7 @@ def keep_chances(scene, grid, cell=16):
     return chance[1:-1, 1:-1].reshape(-1)
 
 
-_COLOUR, _SHAPE = "|".join(COLOURS), "|".join(SHAPES)
+_COLOUR, _SHAPE = "|".join(COLOURS), "|".join(ALL_SHAPES)
 _GROUND = rf" on (?:an? )?(?P<ground>{_COLOUR})(?: background)?"
 _ONE = re.compile(
     rf"an? (?:(?P<size>small|large) )?(?P<colour>{_COLOUR}) (?P<shape>{_SHAPE})"
@@ -297,7 +316,7 @@ _TWO = re.compile(
     rf"an? (?P<c1>{_COLOUR}) (?P<s1>{_SHAPE}) (?P<relation>to the left of|above) "
     rf"an? (?P<c2>{_COLOUR}) (?P<s2>{_SHAPE}){_GROUND}"
 )
-_ROW = re.compile(rf"(?P<count>two|three) (?P<colour>{_COLOUR}) (?P<shape>{_SHAPE})s" + _GROUND)
+_ROW = re.compile(rf"(?P<count>two|three) (?P<colour>{_COLOUR}) (?P<shape>{_SHAPE})e?s" + _GROUND)
 
 
 def parse_caption(text):

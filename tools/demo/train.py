@@ -24,8 +24,8 @@ import precision
 from model import ModelConfig, NextStep
 
 LM_WEIGHT = 0.01
-# Part of the time after which drawn tokens get little noise.
-LATE = 0.86
+# Part of the time after which drawn tokens get little noise, and a stream its last mix.
+LATE = 0.82
 
 
 @dataclasses.dataclass(frozen=True)
@@ -37,7 +37,8 @@ class Stream:
     early: float
     late: float
     rows: int
-    mix: tuple = ()  # fixed shares of the kinds, in place of MIX_EARLY and MIX_LATE
+    mix: tuple = ()  # shares of the kinds, in place of MIX_EARLY and MIX_LATE
+    last_mix: tuple = ()  # and those of the last part of the time, after LATE
 
 
 # Shares of "one", "two" and "row" within a captioned stream, before and after `switch`: single objects first.
@@ -55,9 +56,9 @@ PLANS = {
         Stream(CAPTIONED, (4, 8), 0.03, 0.03, 32),
         Stream(("edit",), (4, 4), 0.30, 0.30, 32),
     ),
-    # For weights that draw two objects side by side, but not one above the other.
+    # For weights that draw two objects side by side, but not one above the other; single ones again at the end.
     "above": (
-        Stream((*CAPTIONED, "above"), (4, 4), 0.66, 0.66, 48, (0.38, 0.16, 0.14, 0.32)),
+        Stream((*CAPTIONED, "above"), (4, 4), 0.66, 0.66, 48, (0.38, 0.16, 0.14, 0.32), (0.52, 0.14, 0.14, 0.20)),
         Stream(CAPTIONED, (4, 8), 0.03, 0.03, 32),
         Stream(("edit",), (4, 4), 0.31, 0.31, 32),
     ),
@@ -74,9 +75,8 @@ PLANS = {
 class Source:
     """The pools of a plan: grows them and draws batches from them."""
 
-    def __init__(self, plan, switch, vae, tok, seed, capacity, drop_word):
+    def __init__(self, plan, switch, vae, tok, seed, capacity):
         self.streams, self.switch, self.vae, self.tok = PLANS[plan], switch, vae, tok
-        self.drop_word = drop_word
         self.rng = np.random.default_rng(seed)
         self.pools = {}
         for stream in self.streams:
@@ -92,6 +92,8 @@ class Source:
         """How the rows of a batch divide among the stream's kinds."""
         if stream.kinds == ("edit",):
             return (1.0,)
+        if stream.last_mix and progress > LATE:
+            return stream.last_mix
         if stream.mix:
             return stream.mix
         return MIX_EARLY if progress < self.switch else MIX_LATE
@@ -116,7 +118,7 @@ class Source:
         pools = [self.pools[stream.kinds[k], stream.grid] for k in kinds]
         picks = [(pool, int(self.rng.integers(len(pool)))) for pool in pools]
         drop_first = 0.5 if progress < self.switch else 0.1
-        how = {"drop_word": self.drop_word, "drop_first": drop_first, "late": progress > LATE}
+        how = {"drop_first": drop_first, "late": progress > LATE}
         return stream, data.make_batch(picks, self.tok, stream.grid, self.rng, **how)
 
     def state_dict(self):
@@ -176,7 +178,7 @@ class Trainer:
         start = layout.load_model(args.start) if args.start else NextStep(ModelConfig())
         self.model = start.to(self.device)
         vae = layout.load_vae(args.vae, self.device).eval().requires_grad_(False)
-        self.source = Source(args.plan, args.switch, vae, self.tok, args.seed, args.pool, args.drop_word)
+        self.source = Source(args.plan, args.switch, vae, self.tok, args.seed, args.pool)
         self.optimisers = optim.build(*split_parameters(self.model), args.muon_lr, args.adam_lr)
         self.average = {k: v.detach().clone() for k, v in self.model.state_dict().items()}
         self.steps, self.elapsed = 0, 0.0
@@ -268,7 +270,7 @@ def main():
     parser.add_argument("--vae", required=True, help="VAE directory (config.json, model.safetensors)")
     parser.add_argument("--tokenizer", required=True, help="directory with tokenizer.json and tokenizer_config.json")
     parser.add_argument("--start", help="model directory to start from; without it, from random weights")
-    parser.add_argument("--plan", choices=sorted(PLANS), default="full", help="which streams of examples")
+    parser.add_argument("--plan", choices=sorted(PLANS), default="small", help="which streams of examples")
     parser.add_argument("--minutes", type=float, default=80, help="training time in all")
     parser.add_argument("--switch", type=float, default=0.3, help="part of the time for the early mix")
     parser.add_argument("--hold", type=float, default=0.5, help="part of the time before the rate comes down")
@@ -276,7 +278,6 @@ def main():
     parser.add_argument("--adam-lr", type=float, default=1.4e-3)
     parser.add_argument("--draws", type=int, default=3, help="noise draws per image token (fm_head_batch_mul is 4)")
     parser.add_argument("--average", type=float, default=0.995, help="decay of the moving average of the weights")
-    parser.add_argument("--drop-word", type=float, default=0.06, help="rows whose caption loses a colour or a shape")
     parser.add_argument("--pool", type=int, default=24000, help="encoded examples kept per grid, about")
     parser.add_argument("--first-pictures", type=int, default=1500, help="examples to encode before the first step")
     parser.add_argument("--encode-share", type=float, default=0.1, help="part of the time spent on new examples")

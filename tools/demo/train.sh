@@ -4,12 +4,19 @@
 #   tools/demo/train.sh RUN_DIR [VAE_MINUTES [MODEL_MINUTES]]
 #
 # Run it again after an interruption: every stage resumes where it stopped. START=MODEL_DIR takes tokenizer, VAE and
-# first weights from an earlier model and trains the transformer only. PLAN=square trains 128x128 captions alone.
+# first weights from an earlier model and trains the transformer only. PLAN names a plan of train.py: `small` from
+# nothing and `above` from earlier weights unless it is set, of 64x64 pictures; `full` and `square` are of 128x128.
 set -eu
 
 run=${1:?usage: train.sh RUN_DIR [VAE_MINUTES [MODEL_MINUTES]]}
 vae_minutes=${2:-40}
 model_minutes=${3:-240}
+plan=${PLAN:-${START:+above}}
+plan=${plan:-small}
+case $plan in
+    full | square) size=128x128 ;;
+    *) size=64x64 ;;
+esac
 here=$(cd "$(dirname "$0")" && pwd)
 python=${PYTHON:-python3}
 mkdir -p "$run"
@@ -29,9 +36,9 @@ else
     "$python" "$here/train_vae.py" --run "$run/vae" --minutes "$vae_minutes"
 fi
 "$python" "$here/train.py" --run "$run/transformer" --vae "$vae" --tokenizer "$tokenizer" \
-    ${START:+--start "$START"} --plan "${PLAN:-full}" --minutes "$model_minutes"
+    ${START:+--start "$START"} --plan "$plan" --minutes "$model_minutes"
 
 mkdir -p "$run/model/vae"
 cp "$run/transformer/export/"* "$run/model/"
 cp "$vae/config.json" "$vae/model.safetensors" "$run/model/vae/"
-"$python" "$here/evaluate.py" "$run/model" --captions 240 --sheet "$run/sheet.png"
+"$python" "$here/evaluate.py" "$run/model" --size "$size" --captions 240 --sheet "$run/sheet.png"
