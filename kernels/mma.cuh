@@ -6,10 +6,11 @@
  *   gmem w ---- cp.async, 3 chunks ahead ----> smem A [4 stages][8 tiles][2 steps][1024 bytes] ---+
  *   gmem x ---- reg, RMSNorm, round ---------> smem B [2][2 steps][128 rows][32 of K] bf16 -------+--> mma --> emit
  *
- * Grid: x = groups of tiles, y = groups of rows. A chunk is two steps (64 of K); a last odd step is zeros that
- * nobody multiplies. Every row is a column of its own in all multiplications and is added up along K in one order:
- * its bits do not depend on the rows beside it.
- * Bound by tensor cores and shared memory; for up to about 200 rows by the bytes of w.
+ * Grid: x = groups of rows, y = groups of tiles: the blocks that read the same weights are launched one after another,
+ * and all but the first find them in L2. (The other way round a matrix larger than L2 comes from memory once per group
+ * of rows.) A chunk is two steps (64 of K); a last odd step is zeros that nobody multiplies. Every row is a column of
+ * its own in all multiplications and is added up along K in one order: its bits do not depend on the rows beside it.
+ * Bound by tensor cores and shared memory; for up to about 200 rows by the bytes of w, which are read once.
  */
 #pragma once
 #include "packed.cuh"
@@ -66,8 +67,8 @@ DEV void mma_product(const Product& p, Activations activations, Emit emit) {
   SMEM(float, inverse_rms, kMmaRows);
   bf16* const chunks_b = reinterpret_cast<bf16*>(stages + kMmaStages * kMmaStageBytes);
   const uint32_t steps = p.inner / kStepK, chunks = (steps + kMmaSteps - 1) / kMmaSteps;
-  const uint32_t tiles = (p.units + kUnitsPerTile - 1) / kUnitsPerTile, tile0 = bid_x() * kMmaTiles;
-  const uint32_t row0 = bid_y() * kMmaRows, rows = p.rows - row0 < kMmaRows ? p.rows - row0 : kMmaRows;
+  const uint32_t tiles = (p.units + kUnitsPerTile - 1) / kUnitsPerTile, tile0 = bid_y() * kMmaTiles;
+  const uint32_t row0 = bid_x() * kMmaRows, rows = p.rows - row0 < kMmaRows ? p.rows - row0 : kMmaRows;
 
   auto copy_weights = [&](uint32_t chunk) {
     if (chunk < chunks) {

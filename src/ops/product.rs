@@ -183,9 +183,14 @@ impl Product {
         let tiles = units.div_ceil(TILE_UNITS);
         let steps = self.checks.product("steps of the packed weights", &[tiles, inner / STEP])?;
         if self.variant.name == "mma" {
-            self.geometry =
-                Geometry::linear(div_ceil(tiles, MMA_TILES), THREADS).with_shared(MMA_SHARED_BYTES);
-            self.geometry.grid[1] = div_ceil(rows, MMA_ROWS);
+            let groups = tiles.div_ceil(MMA_TILES);
+            if groups > 65_535 {
+                return Err(self.checks.refuse(format!(
+                    "{units} units are {groups} groups of {MMA_TILES} tiles, a grid has at most 65535"
+                )));
+            }
+            self.geometry = Geometry::linear(div_ceil(rows, MMA_ROWS), THREADS).with_shared(MMA_SHARED_BYTES);
+            self.geometry.grid[1] = groups as u32;
             return Ok(());
         }
         let staged = (rows.clamp(1, shared::ROW_GROUP) * (inner | 32) * 2).max(CUT_BYTES);
