@@ -552,8 +552,9 @@ mod tests {
         }
         // Two rows of 5120 leave room for the next launch's block; two of 13824 take the SM for a deep ring.
         assert_eq!((ring_stages(20_608), ring_stages(55_424)), (5, 8));
+        // The two blocks of 128 rows that read the same weights are neighbours.
         let prompt = node(None, DType::Bf16, &args(130, 5120, Layout::Tiles)).unwrap();
-        assert_eq!((prompt.geometry.grid, prompt.writes.len()), ([40, 2, 1], 1));
+        assert_eq!((prompt.geometry.grid, prompt.writes.len()), ([2, 40, 1], 1));
         let tiny = project::Args { hidden: 16, ..args(2, 96, Layout::Tiles) };
         assert_eq!(node(None, DType::Bf16, &tiny).unwrap().geometry.grid, [3, 1, 1]);
     }

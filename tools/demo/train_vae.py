@@ -31,7 +31,8 @@ SIZES = ((64, 8, 0.7), (128, 3, 0.3))
 def draw_pictures(rng, side, count):
     """Random scenes as float [count, 3, side, side]; colours jitter a little and half are mirrored."""
     kinds = rng.choice(["one", "two", "row"], count, p=[0.6, 0.25, 0.15])
-    pictures = [scenes.render(scenes.jitter(rng, scenes.draw_scene(rng, kind)), side, side) for kind in kinds]
+    drawn = [scenes.draw_scene(rng, kind, shapes=scenes.ALL_SHAPES) for kind in kinds]
+    pictures = [scenes.render(scenes.jitter(rng, scene), side, side) for scene in drawn]
     batch = to_signed(np.stack(pictures))
     batch = batch + torch.from_numpy(rng.normal(0, 0.04, (count, 3, 1, 1))).float()
     return (batch.flip(-1) if rng.random() < 0.5 else batch).clamp(-1, 1)
