@@ -37,7 +37,9 @@ fn sampled_text_is_made_again_by_its_seed() {
     let (first, said) = run(&[]);
     let seed = said.split("seed ").nth(1).and_then(|rest| rest.split(';').next()).unwrap().to_owned();
     assert_eq!(run(&["--seed", &seed]).0, first);
-    assert_eq!(run(&["--seed", "3", "--top-k", "1"]).0, run(&["--seed", "4", "--top-p", "0.0001"]).0);
+    // In bf16 the best token may have an equal, which top-k 1 keeps.
+    let narrow = |more: &[&str]| run(&[&["--precision", "f32"][..], more].concat()).0;
+    assert_eq!(narrow(&["--seed", "3", "--top-k", "1"]), narrow(&["--seed", "4", "--top-p", "0.0001"]));
 }
 
 #[test]
