@@ -62,7 +62,7 @@ DEV bool fetch(const Input& in, uint32_t slice, uint32_t chunk, v4u& raw) {
   const int row = in.row0 + static_cast<int>(pixel / F::kCols), col = in.col0 + static_cast<int>(pixel % F::kCols);
   if (chunk >= F::kChunks || channel >= in.c_in || row < 0 || row >= in.height || col < 0 || col >= in.width)
     return false;
-  raw = ld_nc_v4(in.x + (static_cast<size_t>(row) * in.width + col) * in.c_in + channel);
+  raw = ld_cg_v4(in.x + (static_cast<size_t>(row) * in.width + col) * in.c_in + channel);
   return true;
 }
 

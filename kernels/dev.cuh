@@ -6,7 +6,8 @@
 //
 // Rules that keep both sides true:
 //  - Spinning goes through ld_acquire, poll_relaxed or mbar_wait: a bare `while (*flag)` never ends on one core.
-//  - ld_nc_* and load_vec only for data that nobody writes during the launch; ld_cg_* for what another block wrote.
+//  - ld_nc_* and load_vec only for data that nobody writes while the launch lives: weights. A dependent launch begins
+//    while its predecessors still write. ld_cg_* for what another block or an earlier launch wrote.
 //  - A shuffle or ballot orders no memory; warp_sync does.
 //  - A function that calls primitives on a kernel's behalf ends its parameters with SITE_ (SITE0 if it has none)
 //    and hands them on with PASS_ (PASS0), so that reports name the kernel's line.

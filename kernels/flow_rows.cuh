@@ -59,12 +59,23 @@ DEV bool aligned16(const void* p) { return reinterpret_cast<uintptr_t>(p) % 16 =
  * 32 elements keeps each of the loads free of bank conflicts. */
 DEV uint32_t slot(uint32_t k) { return k ^ ((k >> 5 & 1) << 2); }
 
-/* Eight elements that this launch does not write, zeros from `valid` on; vec: p is 16-byte aligned and all are valid. */
+/* Eight elements of weights, zeros from `valid` on; vec: p is 16-byte aligned and all are valid. */
 template <class E>
 DEV void load8(float (&f)[8], const E* p, uint32_t valid, bool vec) {
   if (vec) {
 #pragma unroll
     for (int i = 0; i < 8; i += kVec<E>) load_vec<E>(p + i, *reinterpret_cast<float(*)[kVec<E>]>(f + i));
+  } else {
+#pragma unroll
+    for (uint32_t i = 0; i < 8; i++) f[i] = i < valid ? to_f32(p[i]) : 0.0f;
+  }
+}
+/* The same of what an earlier launch wrote, which may still run when a dependent one begins: not by the read-only path. */
+template <class E>
+DEV void load8_earlier(float (&f)[8], const E* p, uint32_t valid, bool vec) {
+  if (vec) {
+#pragma unroll
+    for (int i = 0; i < 8; i += kVec<E>) load_vec_cg<E>(p + i, *reinterpret_cast<float(*)[kVec<E>]>(f + i));
   } else {
 #pragma unroll
     for (uint32_t i = 0; i < 8; i++) f[i] = i < valid ? to_f32(p[i]) : 0.0f;
@@ -184,8 +195,8 @@ DEV void stage_normed(const Shared& sh, const float* h, const Norm<E>& norm, Gro
 #pragma unroll 2
     for (uint32_t r = 0; r < g.count; r++) {
       float f[8], shift[8], scale[8];
-      load8(shift, shift_at + r * norm.mod_stride, n - k, vec);
-      load8(scale, scale_at + r * norm.mod_stride, n - k, vec);
+      load8_earlier(shift, shift_at + r * norm.mod_stride, n - k, vec);
+      load8_earlier(scale, scale_at + r * norm.mod_stride, n - k, vec);
       load8_staged(f, sh.staged + r * chunk, k);
       const float mean = sh.norm[r * 2], inv = sh.norm[r * 2 + 1];
 #pragma unroll

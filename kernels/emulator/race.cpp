@@ -192,15 +192,19 @@ void observe_shared(Fiber* f, Block* owner, const char* p, size_t bytes, Access 
   });
 }
 
-// What another node writes may be touched by a thread that is ordered after a griddep_wait of its block.
-void check_dependence(Fiber* f, uintptr_t from, size_t bytes, Access access, uint64_t origin) {
+// Whether another node writes into the range.
+bool is_foreign(uintptr_t from, size_t bytes) {
   const WarpstepEmuLaunch& l = *runner->launch->request;
-  BlockClocks& clocks = f->block->clocks;
-  if (clocks.waited[f->linear]) return;
   const WarpstepEmuSpan* end = l.foreign + l.foreign_count;
   const WarpstepEmuSpan* span =
       std::upper_bound(l.foreign, end, from, [](uintptr_t a, const WarpstepEmuSpan& s) { return a < s.end; });
-  if (span == end || span->start >= from + bytes) return;
+  return span != end && span->start < from + bytes;
+}
+
+// What another node writes may be touched by a thread that is ordered after a griddep_wait of its block.
+void check_dependence(Fiber* f, uintptr_t from, size_t bytes, Access access, uint64_t origin) {
+  BlockClocks& clocks = f->block->clocks;
+  if (clocks.waited[f->linear] || !is_foreign(from, bytes)) return;
   for (const auto& [thread, clock] : clocks.waits)
     if (clock_of(f).threads[thread] > clock) {
       clocks.waited[f->linear] = 1;
@@ -268,6 +272,9 @@ void load_nc(void* out, const void* p, size_t bytes, Site site) {
       fail(site, "non-coherent load (ld.global.nc) of data that was written during this launch, at %p", p);
   });
   touch(p, bytes, Access::kRead, site);
+  // Even after griddep_wait: the launch began while the other one wrote.
+  if (runner->launch->geometry->dependent && is_foreign(reinterpret_cast<uintptr_t>(p), bytes))
+    fail(site, "non-coherent load (ld.global.nc) in a dependent launch of data that another node writes, at %p", p);
   memcpy(out, p, bytes);
 }
 

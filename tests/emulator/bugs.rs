@@ -100,6 +100,7 @@ const BUGS: &[Bug] = &[
     bug("bug_cluster_sync_missing",         Launch::Cluster,     Wrong,  Wrong,    UNWRITTEN),
     bug("bug_dependent_early_access",       Launch::Dependent,   Silent, Silent,   Report("before griddep_wait")),
     bug("bug_dependent_no_barrier",         Launch::Dependent,   Silent, Silent,   Report("before griddep_wait")),
+    bug("bug_dependent_nc",                 Launch::Dependent,   Silent, Silent,   Report("ld.global.nc")),
     bug("bug_undeclared",                   Launch::Plain,       Silent, Silent,   Silent),
     always("bug_dependent_no_wait",         Launch::Dependent,   "ended without griddep_wait"),
     always("bug_shuffle_divergent",         Launch::Plain,       "threads 0-15: in warp operation shfl_xor"),

@@ -151,6 +151,13 @@ KERNEL(bug_dependent_no_barrier, BugParams, 256, 1) {
   ptr<float>(p.out)[tid_x()] = ptr<const float>(p.in)[tid_x()];
 }
 
+// The read-only path reads what the predecessor wrote while this launch had begun already.
+KERNEL(bug_dependent_nc, BugParams, 256, 1) {
+  griddep_wait();
+  const v2u u = ld_nc_v2(ptr<const float>(p.in) + tid_x() / 2 * 2);
+  ptr<uint32_t>(p.out)[tid_x()] = tid_x() % 2 ? u.y : u.x;
+}
+
 // Ends without waiting: whoever waits for this launch would not have waited for its predecessors.
 KERNEL(bug_dependent_no_wait, BugParams, 256, 1) {
   if (p.n == 0) ptr<float>(p.out)[tid_x()] = 0.0f;
