@@ -285,6 +285,8 @@ DEV void product(const FlowChainParams& p, const Memory& sh, Cursor& at, uint32_
     for (uint32_t k = 0; k < m.inner; k += kSegment, advance(p, at)) {
       const uint32_t n = umin(kSegment, m.inner - k), slot = slot_of(p, at), pitch = row_bytes(n);
       mbar_wait(&sh.full[slot], stays(p, at) ? 0 : at.parity);
+      /* Lanes may leave the spin apart, and the multiplications need them together. */
+      warp_sync();
       const uint8_t* w = sh.slots + slot * p.stage_bytes + 16 * t;
       const uint8_t *w0 = w + umin(g, rows - 1) * pitch, *w1 = w + umin(g + 8, rows - 1) * pitch;
 #pragma unroll 2
