@@ -263,7 +263,8 @@ EXPORT int cuEventRecord(Event* event, Stream* stream) {
     Call call("cuEventRecord");
     call.s.note(" event=%p", (void*)event);
     if (!call.live(event, "event") || !call.live(stream, "stream") || call.code != kSuccess) return call.code;
-    event->marker = event->stamp = ++call.s.markers;
+    event->marker = ++call.s.markers;
+    event->stamp = ++stream->records;
     call.s.recorded[event] = stream;
     stream->ops.push_back({Op::kMarker, nullptr, nullptr, 0, 0, event->marker});
     return call.code;
@@ -287,7 +288,7 @@ EXPORT int cuEventSynchronize(Event* event) {
     return call.code;
 }
 
-// A millisecond per record in between; only of events that were recorded and have been passed.
+// A millisecond per record of the stream in between; only of events that were recorded and have been passed.
 EXPORT int cuEventElapsedTime_v2(float* milliseconds, Event* start, Event* end) {
     Call call("cuEventElapsedTime_v2");
     if (!call.live(start, "event") || !call.live(end, "event") || call.code != kSuccess) return call.code;

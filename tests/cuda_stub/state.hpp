@@ -44,6 +44,7 @@ struct Op {
 
 struct Stream {
     std::deque<Op> ops;
+    uint64_t records = 0; // its clock: what other threads do in theirs takes no time here
 };
 
 struct GraphState {

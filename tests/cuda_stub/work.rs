@@ -56,7 +56,7 @@ pub fn work(device: &CudaDevice) -> Result<()> {
     event.wait()?;
     let after = stream.record_timed()?;
     after.wait()?;
-    // The stub counts a millisecond per event.
+    // The stub counts a millisecond per event of a stream.
     let elapsed = after.milliseconds_since(before.as_ref())?;
     stream.synchronize()?;
     let mut back = vec![0; bytes.len()];
