@@ -250,14 +250,7 @@ fn token_loop(bound: &mut Bound, listener: &mut Listener<'_>) -> Result<()> {
             }
         }
         if row_ends {
-            let state = bound.run.state()?;
-            // First: what a stalled token holds means nothing.
-            if state.stalled != 0 {
-                return Err(Error::Stalled { op: "flow_chain", token: state.stalled as usize - 1 });
-            }
-            if state.nonfinite != 0 {
-                return Err(Error::NonFinite { stage: "flow head", token: state.nonfinite as usize - 1 });
-            }
+            bound.run.check_tokens()?;
             let rows = (index + 1) / width;
             listener.send(&Event::Rows { done: rows, of: height })?;
             if preview_every.is_some_and(|every| rows < height && rows.is_multiple_of(every)) {

@@ -20,6 +20,7 @@ use crate::request::SamplerConfig;
 use crate::sampler::{GuidanceSchedule, Sampler, sinusoids};
 use crate::weights::pack::{Pairing, Tiles};
 use std::collections::BTreeSet;
+use std::mem::offset_of;
 use std::sync::Arc;
 use std::time::Instant;
 
@@ -44,7 +45,7 @@ pub struct Options {
     pub kernels: Selection,
     /// How often a row is timed.
     pub effort: Effort,
-    /// How often a picture is made.
+    /// How often a picture is made; all must have the same tokens and pixels.
     pub pictures: usize,
     /// Of weights and prompts.
     pub seed: u64,
@@ -209,14 +210,6 @@ fn fill_state(device: &Arc<dyn Device>, run: &mut Run) -> Result<()> {
     run.stream().synchronize()
 }
 
-/// Fails if the model's numbers ran away: times of NaN are times of nothing.
-fn check_finite(run: &mut Run) -> Result<()> {
-    match run.state()?.nonfinite {
-        0 => Ok(()),
-        token => Err(Error::NonFinite { stage: "bench", token: token as usize - 1 }),
-    }
-}
-
 fn tokens(
     device: &Arc<dyn Device>,
     model: &Arc<NextStep>,
@@ -247,10 +240,11 @@ fn tokens(
         let index = (position - options.prompt - 1).min(limit - 1);
         let (row_pos, state) = (run.buffers().decode.row_pos, run.buffers().state);
         let slots = vec![position as u32 - 1; row_pos.bytes / 4];
-        let generation = GenerationState { token: index as u32, ..GenerationState::default() };
+        let token = state.slice(offset_of!(GenerationState, token), size_of::<u32>());
         let mut before = |stream: &mut dyn Stream| {
             stream.upload(row_pos.ptr, bytemuck::cast_slice(&slots))?;
-            stream.upload(state.ptr, bytemuck::bytes_of(&generation))
+            // No more than this: what a token before reported stays to be seen.
+            stream.upload(token.ptr, bytemuck::bytes_of(&(index as u32)))
         };
         let mut lists: [NodeList; 4] = std::array::from_fn(|_| NodeList::new());
         run.record_step(&mut lists[0])?;
@@ -265,7 +259,8 @@ fn tokens(
             let samples_ms = time(run.stream(), &options.effort, &mut before, &mut |stream| {
                 stream.replay(part.executable.as_ref())
             })?;
-            check_finite(&mut run)?;
+            // Times of tokens that went wrong would be times of nothing.
+            run.check_tokens()?;
             let row = Row {
                 test: format!("token @{position}: {name}"),
                 variant: part.kernels,
@@ -408,7 +403,7 @@ fn pictures(
     let spec = spec(model, options, grid(model, size)?)?;
     let tokens = spec.tokens_total();
     let setup = Instant::now();
-    let mut run = Run::new(model.clone(), device, options.kernels.clone(), spec)?;
+    let mut run = Run::new(model.clone(), device, options.kernels.clone(), spec.clone())?;
     let token_list = run.record_token(false)?;
     let token_ops = count(&run, &token_list, options.prompt + tokens / 2);
     let (prefill_list, last_list) = (run.record_prefill(true)?, run.record_token(true)?);
@@ -444,16 +439,15 @@ fn pictures(
         return Ok(());
     }
 
-    let (row_pos, state) = (run.buffers().decode.row_pos, run.buffers().state);
-    let first = vec![options.prompt as u32; row_pos.bytes / 4];
     let mut rgb = vec![0; decoded.rgb.bytes];
     let mut samples_ms = Vec::new();
     let mut enqueue_us = Vec::new();
-    for _ in 0..options.pictures.max(1) {
+    let mut first_bits: Option<Vec<u8>> = None;
+    for picture in 0..options.pictures.max(1) {
         let start = Instant::now();
+        // As a session does with its next request: the tables of this one's prompts lie where the VAE works later.
+        run.rebind(spec.clone())?;
         let stream = run.stream();
-        stream.upload(row_pos.ptr, bytemuck::cast_slice(&first))?;
-        stream.upload(state.ptr, bytemuck::bytes_of(&GenerationState::default()))?;
         stream.replay(prefill.executable.as_ref())?;
         let enqueuing = Instant::now();
         for _ in 1..tokens {
@@ -464,7 +458,11 @@ fn pictures(
         stream.replay(image.executable.as_ref())?;
         stream.download(decoded.rgb.ptr, &mut rgb)?;
         samples_ms.push(start.elapsed().as_secs_f64() * 1e3);
-        check_finite(&mut run)?;
+        run.check_tokens()?;
+        let mut bits = vec![0; latents.bytes];
+        run.stream().download(latents.ptr, &mut bits)?;
+        bits.extend_from_slice(&rgb);
+        same_bits(picture, first_bits.get_or_insert_with(|| bits.clone()), &bits)?;
     }
     let bytes = total(&prefill.ops, OpBytes::floor)
         + (tokens as u64 - 1) * total(&token_ops, OpBytes::floor)
@@ -476,6 +474,10 @@ fn pictures(
         "emulated" => String::new(),
         _ => format!("; enqueuing a token took {:.1} us", enqueue_us[enqueue_us.len() / 2]),
     };
+    let same = match samples_ms.len() {
+        1 => String::new(),
+        made => format!("; {made} pictures, {} tokens, the same bits", made * tokens),
+    };
     rows.push(Row {
         test: format!("image {name}"),
         variant: kernels_list(&[&prefill, &token, &image]),
@@ -484,14 +486,94 @@ fn pictures(
         bytes,
         samples_ms,
         note: format!(
-            "wall clock from token ids to RGB on the host, without tokenizer, PNG and {setup_ms:.0} ms of set-up{host}"
+            "wall clock from token ids to RGB on the host, without tokenizer, PNG and {setup_ms:.0} ms of set-up{host}{same}"
         ),
         ..Row::default()
     });
     Ok(())
 }
 
+/// Fails if a picture, made of the same numbers as the first, has other tokens or pixels.
+fn same_bits(picture: usize, first: &[u8], again: &[u8]) -> Result<()> {
+    match first.iter().zip(again).filter(|(a, b)| a != b).count() {
+        0 => Ok(()),
+        differ => Err(Error::Device(format!(
+            "picture {picture} was made of the same numbers as picture 0, and {differ} of {} bytes of its tokens and \
+             pixels are others",
+            first.len()
+        ))),
+    }
+}
+
 fn kernels_list(parts: &[&Part]) -> String {
     let symbols: BTreeSet<&str> = parts.iter().flat_map(|part| part.kernels.split(' ')).collect();
     symbols.into_iter().collect::<Vec<_>>().join(" ")
+}
+
+#[cfg(test)]
+mod tests {
+    use super::super::ceilings::Sizes;
+    use super::super::synthetic;
+    use super::*;
+    use crate::device::emulated::{EmulatedDevice, EmulatedOptions};
+
+    fn options() -> Options {
+        Options {
+            steps: 2,
+            branches: 2,
+            images: 1,
+            prompt: 5,
+            positions: vec![6, 12],
+            sizes: vec![(32, 16), (16, 16)],
+            end_to_end: true,
+            kernels: Selection::default(),
+            effort: Effort { warm_up: 0, repeats: 2, seconds: 10.0, in_flight: 1 },
+            pictures: 3,
+            seed: 1,
+        }
+    }
+
+    fn bench(options: &Options) -> Result<Vec<Row>> {
+        let device: Arc<dyn Device> = Arc::new(EmulatedDevice::new(EmulatedOptions::default())?);
+        let configs = synthetic::configs("tiny", None)?;
+        let model = synthetic::model(&device, &configs, DType::Bf16, &options.kernels, options.seed)?;
+        let ceilings = Ceilings::measure(&device, &options.effort, Sizes::for_device(device.as_ref()))?;
+        run(&device, &Arc::new(model), options, &ceilings, &mut |_| {})
+    }
+
+    #[test]
+    fn pictures_made_after_one_another_and_after_the_vae_was_timed_have_the_same_bits() {
+        let rows = bench(&options()).unwrap();
+        for (name, tokens) in [("image 32x16", 6), ("image 16x16", 3)] {
+            let row = rows.iter().find(|row| row.test == name).unwrap();
+            assert_eq!(row.samples_ms.len(), 3);
+            assert!(
+                row.note.contains(&format!("3 pictures, {tokens} tokens, the same bits")),
+                "{}",
+                row.note
+            );
+        }
+    }
+
+    #[test]
+    fn every_part_of_a_token_is_timed_at_every_position_or_none_is() {
+        let rows = bench(&Options { sizes: Vec::new(), ..options() }).unwrap();
+        for position in [6, 12] {
+            for part in ["LLM decoder", "projector", "FM head", "total", "LM head"] {
+                let name = format!("token @{position}: {part}");
+                let row = rows.iter().find(|row| row.test == name).unwrap();
+                assert!(row.samples_ms.len() == 2 && row.bytes > 0, "{row:?}");
+            }
+        }
+        assert!(
+            bench(&Options { sizes: Vec::new(), positions: Vec::new(), ..options() }).unwrap().is_empty()
+        );
+    }
+
+    #[test]
+    fn a_changed_bit_is_an_error_that_counts() {
+        assert!(same_bits(1, &[1, 2, 3], &[1, 2, 3]).is_ok());
+        let error = same_bits(7, &[1, 2, 3], &[1, 3, 4]).unwrap_err().to_string();
+        assert!(error.contains("picture 7") && error.contains("2 of 3 bytes"), "{error}");
+    }
 }

@@ -518,6 +518,20 @@ impl Run {
         Ok(())
     }
 
+    /// Fails if, since the generation state was set, a token came out non-finite or its blocks waited in vain for each
+    /// other; waits for everything enqueued so far.
+    pub fn check_tokens(&mut self) -> Result<()> {
+        let state = self.state()?;
+        // First: what a stalled token holds means nothing.
+        if state.stalled != 0 {
+            return Err(Error::Stalled { op: "flow_chain", token: state.stalled as usize - 1 });
+        }
+        if state.nonfinite != 0 {
+            return Err(Error::NonFinite { stage: "flow head", token: state.nonfinite as usize - 1 });
+        }
+        Ok(())
+    }
+
     /// The device's generation state, after everything enqueued so far.
     pub fn state(&mut self) -> Result<GenerationState> {
         let mut state = GenerationState::default();

@@ -22,8 +22,9 @@ use warpstep::model::nextstep::NextStep;
 /// Time a model: loading, last-token latency by part and position, prompt, VAE, pictures; each next to its floor.
 ///
 /// With --model it is loaded twice, so that no disk is waited for the second time; the floor of that is the slower of
-/// reading the files with as many threads and of copying pinned memory to the device, in the same run. Without --model, weights of true shapes are made on the device at random. Without a GPU, --derive counts the bytes
-/// of one token of the 14B and prints what they cost at a stated bandwidth.
+/// reading the files with as many threads and of copying pinned memory to the device, in the same run. Without --model,
+/// weights of true shapes are made on the device at random. Without a GPU, --derive counts the bytes of one token of the
+/// 14B and prints what they cost at a stated bandwidth.
 #[derive(Args)]
 pub struct Bench {
     /// Folder of a model.
@@ -58,9 +59,10 @@ pub struct Bench {
     #[arg(long, value_name = "N", value_parser = clap::value_parser!(u32).range(1..=16384))]
     prompt: Option<u32>,
 
-    /// Filled cache slots at which a token is timed [default: 256,1024,4096; on the emulated device 16,32].
-    #[arg(long, value_name = "N,N", value_delimiter = ',')]
-    positions: Option<Vec<usize>>,
+    /// Filled cache slots at which a token is timed, which may be none [default: 256,1024,4096; on the emulated device
+    /// 16,32].
+    #[arg(long, value_name = "N,N", value_parser = parse_positions)]
+    positions: Option<Positions>,
 
     /// Sizes of pictures, which may be none [default: 256x256,512x512; on the emulated device two small ones].
     #[arg(long, value_name = "WxH,WxH", value_delimiter = ',')]
@@ -70,7 +72,8 @@ pub struct Bench {
     #[arg(long)]
     no_images: bool,
 
-    /// Pictures of each size from end to end [default: 5, on the emulated device 1].
+    /// Pictures of each size from end to end, all of the same numbers: a bit that differs is an error [default: 5, on the
+    /// emulated device 1].
     #[arg(long, value_name = "N", value_parser = clap::value_parser!(u32).range(1..))]
     pictures: Option<u32>,
 
@@ -94,6 +97,14 @@ pub struct Bench {
 
     #[command(flatten)]
     device: DeviceArgs,
+}
+
+/// What --positions lists.
+#[derive(Clone)]
+struct Positions(Vec<usize>);
+
+fn parse_positions(text: &str) -> Result<Positions, std::num::ParseIntError> {
+    text.split(',').filter(|part| !part.is_empty()).map(str::parse).collect::<Result<_, _>>().map(Positions)
 }
 
 impl Bench {
@@ -196,10 +207,11 @@ impl Bench {
             branches: self.branches.into(),
             images: self.batch as usize,
             prompt: self.prompt.unwrap_or(if gpu { 96 } else { 8 }) as usize,
-            positions: self
-                .positions
-                .clone()
-                .unwrap_or_else(|| if gpu { vec![256, 1024, 4096] } else { vec![16, 32] }),
+            positions: match &self.positions {
+                Some(Positions(positions)) => positions.clone(),
+                None if gpu => vec![256, 1024, 4096],
+                None => vec![16, 32],
+            },
             sizes: parsed,
             end_to_end: !self.no_images,
             kernels: self.device.selection()?,
