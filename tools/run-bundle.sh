@@ -12,9 +12,9 @@
 #
 # Steps: facts, conformance of every device primitive (its outputs are kept: conformance.safetensors belongs into
 # tests/golden/conformance), every kernel against its reference, the recorded cases of the official code, a picture, the
-# same picture again, the bench of the model with random weights, PyTorch on the same GPU if it is installed ($PYTHON,
-# default python3), the bench of the kernels, compute-sanitizer where it is installed, and the 14B shapes. Needs no
-# Rust and no toolkit. The exit status is 0 when every step ran and passed.
+# same picture again, the bench of the model with random weights, ten more pictures of equal numbers, PyTorch on the same
+# GPU if it is installed ($PYTHON, default python3), the bench of the kernels, compute-sanitizer where it is installed,
+# and the 14B shapes. Needs no Rust and no toolkit. The exit status is 0 when every step ran and passed.
 #
 # A kernel that hangs, or leaves the device in error, costs its own step and no more: ops are tested one process each,
 # units of conformance too once they fail together, every step has a limit of its own on a GPU, and cases that fail are
@@ -52,6 +52,8 @@ tar --extract --gzip --file "$here/bundle.tar.gz" --directory "$here" || exit 2
 bundle=$here/bundle
 warpstep=$bundle/warpstep
 python=${PYTHON:-python3}
+# Cases take gigabytes for a moment: glibc keeps them for the next one, instead of having the kernel clear new ones.
+export GLIBC_TUNABLES=glibc.malloc.mmap_threshold=4294967296:glibc.malloc.trim_threshold=8589934592
 # Where a toolkit puts compute-sanitizer.
 PATH=$PATH:/usr/local/cuda/bin
 gpu=$device
@@ -120,6 +122,11 @@ bench=(bench --device "$device" --format json)
 [[ $device == cuda ]] && bench+=(--synthetic 14b --pictures 3)
 [[ -z $quick ]] || bench+=(--repeat 3 --seconds 0.2)
 step bench 240 "$warpstep" "${bench[@]}" --output "$stem-model.json"
+# Of the same numbers again and again: more than 10,000 tokens of the true shapes, but for the number of layers, without
+# a hang or another bit.
+soak=(bench --device "$device" --positions "" --repeat 1 --pictures 10)
+[[ $device == cuda ]] && soak+=(--synthetic 14b --layers 2 --sizes 512x512)
+step soak 120 "$warpstep" "${soak[@]}"
 if "$python" -c 'import torch' 2>/dev/null; then
     peers=("$bundle"/peers.py --output "$stem-peers.json")
     [[ ! -f $stem-model.json ]] || peers+=(--ours "$stem-model.json")
