@@ -58,6 +58,7 @@ pub mod image;
 pub mod metrics;
 pub mod model;
 pub mod ops;
+mod parallel;
 pub mod prompt;
 pub mod reconstruct;
 pub mod reference;

@@ -7,6 +7,7 @@
 use super::DType;
 use crate::device::{Buffer, Device, DevicePtr, Node, Span, Stream};
 use crate::error::{Error, Result};
+use crate::parallel::split_rows;
 use half::bf16;
 use std::sync::Arc;
 
@@ -117,17 +118,24 @@ pub fn prepare(case: &Case, device: Arc<dyn Device>, seed: u64) -> Result<Prepar
     }
 }
 
+/// What SplitMix64 adds from one number to the next, so that any of them can be had at once.
+const GOLDEN: u64 = 0x9e37_79b9_7f4a_7c15;
+/// Values that a thread takes at a time.
+const SHARE: usize = 1 << 16;
+
+/// SplitMix64's number for a state.
+fn split_mix(state: u64) -> u64 {
+    let mut z = state;
+    z = (z ^ (z >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
+    z = (z ^ (z >> 27)).wrapping_mul(0x94d0_49bb_1331_11eb);
+    z ^ (z >> 31)
+}
+
 impl Rig {
     /// A rig with its own stream; `seed` decides the random data.
     pub fn new(device: Arc<dyn Device>, seed: u64) -> Result<Rig> {
         let stream = device.stream()?;
-        Ok(Rig {
-            device,
-            stream,
-            buffers: Vec::new(),
-            random: seed.wrapping_mul(0x9e37_79b9_7f4a_7c15) | 1,
-            kept: None,
-        })
+        Ok(Rig { device, stream, buffers: Vec::new(), random: seed.wrapping_mul(GOLDEN) | 1, kept: None })
     }
 
     /// SMs of the device, for geometry.
@@ -141,25 +149,27 @@ impl Rig {
     }
 
     fn next(&mut self) -> u64 {
-        // SplitMix64.
-        self.random = self.random.wrapping_add(0x9e37_79b9_7f4a_7c15);
-        let mut z = self.random;
-        z = (z ^ (z >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
-        z = (z ^ (z >> 27)).wrapping_mul(0x94d0_49bb_1331_11eb);
-        z ^ (z >> 31)
+        self.random = self.random.wrapping_add(GOLDEN);
+        split_mix(self.random)
     }
 
     /// `len` roughly normal values of standard deviation `scale` (a sum of four uniforms: cheap, and large
     /// tensors need many).
     pub fn normal(&mut self, len: usize, scale: f32) -> Vec<f32> {
-        (0..len)
-            .map(|_| {
-                let bits = self.next();
+        let mut values = vec![0.0; len];
+        let before = self.random;
+        split_rows(&mut values, SHARE, |share, values| {
+            let mut state = before.wrapping_add(GOLDEN.wrapping_mul((share * SHARE) as u64));
+            for value in values {
+                state = state.wrapping_add(GOLDEN);
+                let bits = split_mix(state);
                 let sum: u64 = (0..4).map(|i| (bits >> (16 * i)) & 0xffff).sum();
                 // Four uniforms on [0, 65535]: mean 131070, variance 4 * 65536^2 / 12.
-                (sum as f32 - 131_070.0) / 37_837.0 * scale
-            })
-            .collect()
+                *value = (sum as f32 - 131_070.0) / 37_837.0 * scale;
+            }
+        });
+        self.random = before.wrapping_add(GOLDEN.wrapping_mul(len as u64));
+        values
     }
 
     /// A uniform integer below `bound`.
@@ -266,8 +276,17 @@ pub fn encode(dtype: DType, values: Vec<f32>) -> (Vec<u8>, Vec<f32>) {
     match dtype {
         DType::F32 => (bytemuck::cast_slice(&values).to_vec(), values),
         DType::Bf16 => {
-            let rounded: Vec<bf16> = values.iter().map(|&v| bf16::from_f32(v)).collect();
-            (bytemuck::cast_slice(&rounded).to_vec(), rounded.iter().map(|v| v.to_f32()).collect())
+            let mut values = values;
+            split_rows(&mut values, SHARE, |_, values| {
+                values.iter_mut().for_each(|v| *v = bf16::from_f32(*v).to_f32());
+            });
+            let mut bytes = vec![0; values.len() * 2];
+            split_rows(&mut bytes, SHARE * 2, |share, bytes| {
+                for (to, v) in bytes.as_chunks_mut().0.iter_mut().zip(&values[share * SHARE..]) {
+                    *to = bf16::from_f32(*v).to_le_bytes();
+                }
+            });
+            (bytes, values)
         }
     }
 }

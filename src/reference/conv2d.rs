@@ -2,7 +2,7 @@
 //! bias, residual, each as a step of its own.
 
 use super::Precision;
-use super::parallel::split_rows;
+use crate::parallel::split_rows;
 use num_traits::Float;
 
 /// How the sides of the output follow from those of the input.

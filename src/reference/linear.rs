@@ -1,12 +1,12 @@
 //! A Linear layer, and the dot products that every projection uses.
 
 use super::Precision;
-use super::parallel::split_rows;
+use crate::parallel::split_rows;
 use num_traits::Float;
 
 /// Outputs that are added up side by side, each along K in order: a single sum waits for every one of its additions.
 const ABREAST: usize = 8;
-/// Products from which on a second thread is worth its start.
+/// Products from which on more threads are worth their start.
 const WORTH_A_THREAD: usize = 1 << 18;
 
 /// `sum_k rows[n][k] * input[k]` for each of N rows, in the order of k.
@@ -81,7 +81,7 @@ mod tests {
 
     #[test]
     fn every_output_is_the_sum_in_the_order_of_k() {
-        // Less than one group, groups with a remainder, and enough for two threads.
+        // Less than one group, groups with a remainder, and enough for several threads.
         for (outputs, inner) in [(3, 5), (8, 1), (21, 64), (4099, 65)] {
             let values = |n: usize, step: f32| (0..n).map(|i| (i as f32 * step).sin()).collect::<Vec<f32>>();
             let (weight, bias, input) =

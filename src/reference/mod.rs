@@ -18,7 +18,6 @@ pub mod lm_head;
 pub mod merge_stats;
 pub mod norm;
 pub mod out_proj;
-pub mod parallel;
 pub mod project;
 pub mod qkv;
 pub mod randn;

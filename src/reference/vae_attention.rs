@@ -1,7 +1,7 @@
 //! Single-head attention over the pixels of a picture, one query at a time.
 
 use super::Precision;
-use super::parallel::split_rows;
+use crate::parallel::split_rows;
 use num_traits::Float;
 
 /// `softmax(scale * q k^T) v`, stored; all four are `[images, pixels, channels]`.

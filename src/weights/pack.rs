@@ -13,6 +13,7 @@
 //! Nothing else than this permutation happens to the weights: they are bf16 before and after.
 
 use crate::error::{Error, Result};
+use crate::parallel::try_split_rows;
 use std::ops::Range;
 
 /// Units of a tile.
@@ -137,7 +138,7 @@ impl Tiles {
         Ok(())
     }
 
-    /// The whole packed matrix of `values`, bf16 as bytes.
+    /// The whole packed matrix of `values`, bf16 as bytes, by all cores.
     pub fn pack(&self, values: &[u8]) -> Result<Vec<u8>> {
         let row_bytes = self.inner * 2;
         if values.len() != self.rows * row_bytes {
@@ -148,7 +149,10 @@ impl Tiles {
             to.copy_from_slice(&values[row * row_bytes..][columns.start * 2..columns.end * 2]);
             Ok(())
         };
-        self.write_steps(0, read, &mut out)?;
+        let per_tile = self.inner / STEP;
+        try_split_rows(&mut out, self.tile_bytes(), |tile, out| {
+            self.write_steps(tile * per_tile, read, out)
+        })?;
         Ok(out)
     }
 }
