@@ -1,8 +1,9 @@
-// A stand-in for libcuda.so.1 that records. It hands out host memory as device memory, runs no kernels, checks that
-// handles are live, that ranges lie inside allocations and that a context is current, counts what is alive, and
-// fails the call it is told to. `mod.rs` compiles it and reads what it recorded.
+// A stand-in for libcuda.so.1 that records. It hands out host memory as device memory, checks that handles are live,
+// that ranges lie inside allocations and that a context is current, counts what is alive, and fails the call it is
+// told to. `stub.rs` compiles it and reads what it recorded.
 //
-// Copies and fills are carried out as late as the driver may: when something waits for them.
+// Copies, fills and launches are carried out as late as the driver may: when something waits for them. Launches only
+// where `stub_execute` said with what; else no kernel runs.
 
 #include "state.hpp"
 
@@ -16,6 +17,14 @@ EXPORT void stub_configure(const char* text) {
     s.calls = 0;
     s.options["fail"] = 0;
     s.configure(text);
+}
+
+// From now on launches run, in the emulator whose two functions these are, and memory is handed out as NaN.
+EXPORT void stub_execute(decltype(State::find) find, decltype(State::launch) launch) {
+    State& s = state();
+    std::lock_guard<std::mutex> lock(s.mutex);
+    s.find = find;
+    s.launch = launch;
 }
 
 EXPORT void stub_clear() {
@@ -153,7 +162,7 @@ EXPORT int cuMemAlloc_v2(uint64_t* ptr, size_t bytes) {
     if (call.code == kSuccess && used > (size_t)call.s.options["total"]) call.code = kOutOfMemory;
     if (call.code != kSuccess) return call.code;
     void* memory = aligned_alloc(512, (bytes + 511) / 512 * 512);
-    memset(memory, 0, bytes);
+    memset(memory, call.s.launch ? 0xff : 0, bytes);
     *ptr = (uint64_t)memory;
     call.s.memory[*ptr] = bytes;
     call.s.note(" ptr=%#lx", *ptr);
@@ -302,7 +311,7 @@ EXPORT int cuEventElapsedTime_v2(float* milliseconds, Event* start, Event* end) 
 EXPORT int cuModuleLoadData(Module** module, const void* image) {
     Call call("cuModuleLoadData");
     auto* loaded = new Module;
-    const char* line = static_cast<const char*>(image) + 64;
+    const char* line = static_cast<const char*>(image) + 64;  // real images have no such lines
     char symbol[256];
     size_t bytes;
     int length;
@@ -333,8 +342,12 @@ EXPORT int cuModuleGetFunction(Function** function, Module* module, const char* 
     call.s.note(" symbol=%s", name);
     if (!call.live(module, "module") || call.code != kSuccess) return call.code;
     auto found = module->params_bytes.find(name);
-    if (found == module->params_bytes.end()) return call.code = kNotFound;
-    return call.make(function, "function", new Function{name, found->second});
+    if (found != module->params_bytes.end())
+        return call.make(function, "function", new Function{name, found->second});
+    // A real image, where the emulator knows what is in it.
+    WarpstepEmuKernelInfo info;
+    if (!call.s.find || !call.s.find(name, &info)) return call.code = kNotFound;
+    return call.make(function, "function", new Function{name, (size_t)info.params_bytes});
 }
 
 EXPORT int cuFuncGetParamInfo(Function* function, size_t index, size_t* offset, size_t* bytes) {
@@ -363,6 +376,11 @@ EXPORT int cuLaunchKernelEx(const Config* config, Function* function, void** arg
     for (unsigned i = 0; i < config->count; i++)
         attribute(call, function, config->attributes[i].id, config->attributes[i].value);
     parameters(call, function, arguments);
+    if (call.code != kSuccess) return call.code;
+    Launch launch = launch_of(function, config->grid, config->block, config->shared_bytes, arguments);
+    for (unsigned i = 0; i < config->count; i++)
+        set_attribute(launch, config->attributes[i].id, config->attributes[i].value);
+    enqueue(call.s, config->stream, launch);
     return call.code;
 }
 
@@ -404,7 +422,9 @@ EXPORT int cuGraphAddNode_v2(NodeState** node, GraphState* graph, NodeState* con
     for (int word : params->reserved0) zero = zero && word == 0;
     if (!zero) call.bad("reserved words");
     if (call.code != kSuccess) return call.code;
-    auto* made = new NodeState{graph, (int)graph->nodes.size()};
+    auto* made = new NodeState{graph, (int)graph->nodes.size(), {}};
+    made->launch = launch_of(params->function, params->grid, params->block, params->shared_bytes, params->arguments);
+    made->launch.geometry.dependent = count > 0 && edges[0].type == 1;
     if (params->function->symbol.rfind("to_rgb8", 0) == 0) {
         auto* words = static_cast<const uint64_t*>(params->arguments[0]);  // ToRgb8Params: x, rgb, bad, elements
         made->marks = (void*)words[2];
@@ -419,6 +439,7 @@ EXPORT int cuGraphKernelNodeSetAttribute(NodeState* node, unsigned id, const uns
     if (!call.live(node, "node") || call.code != kSuccess) return call.code;
     call.s.note(" index=%d", node->index);
     attribute(call, nullptr, id, value);
+    set_attribute(node->launch, id, value);
     return call.code;
 }
 
@@ -444,6 +465,10 @@ EXPORT int cuGraphExecNodeSetParams(Exec* exec, NodeState* node, NodeParams* par
     call.s.note(" exec=%d index=%d", exec->number, node->index);
     geometry(call, params->function, params->grid, params->block, params->shared_bytes);
     parameters(call, params->function, params->arguments);
+    if (call.code != kSuccess) return call.code;
+    // The one executable of its graph: nobody asks for the graph's own parameters again.
+    Launch launch = launch_of(params->function, params->grid, params->block, params->shared_bytes, params->arguments);
+    node->launch.params = launch.params;
     return call.code;
 }
 
@@ -456,7 +481,9 @@ EXPORT int cuGraphLaunch(Exec* exec, Stream* stream) {
     Call call("cuGraphLaunch");
     if (call.live(exec, "executable graph") && call.live(stream, "stream")) call.s.note(" exec=%d", exec->number);
     if (call.code != kSuccess) return call.code;
-    for (NodeState* node : exec->graph->nodes)
-        if (node->marks) memset(node->marks, 0, node->marks_bytes);
+    for (NodeState* node : exec->graph->nodes) {
+        if (node->marks && !call.s.launch) memset(node->marks, 0, node->marks_bytes);
+        enqueue(call.s, stream, node->launch);
+    }
     return call.code;
 }

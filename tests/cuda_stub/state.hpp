@@ -2,15 +2,20 @@
 // check what it was given.
 #pragma once
 
+#include <dlfcn.h>
+
 #include <cstdint>
 #include <cstdio>
 #include <cstdlib>
 #include <cstring>
 #include <deque>
 #include <map>
+#include <memory>
 #include <mutex>
 #include <string>
 #include <vector>
+
+#include "../../kernels/emulator/abi.h"
 
 namespace {
 
@@ -33,13 +38,21 @@ struct Event {
     uint64_t stamp = 0;   // of the newest record, passed or not: its time; 0 before the first
 };
 
+// A launch as it was enqueued: what later changes its node's parameters does not change it.
+struct Launch {
+    std::string symbol;
+    WarpstepEmuGeometry geometry;
+    std::vector<unsigned char> params;
+};
+
 struct Op {
-    enum { kCopy, kFill, kMarker } kind;
+    enum { kCopy, kFill, kMarker, kLaunch } kind;
     void* dst;
     const void* src;
     size_t bytes;
     int value;
     uint64_t marker;
+    std::shared_ptr<const Launch> launch = nullptr;
 };
 
 struct Stream {
@@ -54,6 +67,7 @@ struct GraphState {
 struct NodeState {
     GraphState* graph;
     int index;
+    Launch launch;
     // Of to_rgb8, the one kernel whose result the host takes for an error: its marks of values that are not finite. No
     // kernel runs here, so a launch says that all were, whatever the memory held.
     void* marks = nullptr;
@@ -74,6 +88,9 @@ struct State {
     std::map<uintptr_t, size_t> memory, pinned;
     std::map<void*, std::string> live;  // handle -> kind
     std::map<Event*, Stream*> recorded;
+    // The emulator, where launches are to be run.
+    const void* (*find)(const char*, WarpstepEmuKernelInfo*) = nullptr;
+    int32_t (*launch)(const WarpstepEmuLaunch*, char*, uint64_t) = nullptr;
 
     State() {
         const char* text = getenv("WARPSTEP_STUB");
@@ -82,6 +99,11 @@ struct State {
         const char* visible = getenv("CUDA_VISIBLE_DEVICES");
         if (visible && !*visible) options["count"] = 0;
         configure(text);
+        if (!options["execute"]) return;
+        // The program must export them (tools/rehearse.sh).
+        find = (decltype(find))dlsym(RTLD_DEFAULT, "warpstep_emu_find");
+        launch = (decltype(launch))dlsym(RTLD_DEFAULT, "warpstep_emu_launch");
+        if (!find || !launch) abort();
     }
 
     // key=value,key=value
@@ -104,9 +126,13 @@ struct State {
 
     template <typename... Args>
     void note(const char* format, Args... args) {
-        char line[512];
+        char line[1536];
         snprintf(line, sizeof line, format, args...);
-        log += line;
+        // Of hours of work nobody reads the log.
+        if (!options["quiet"])
+            log += line;
+        else if (strstr(line, " BAD "))
+            fprintf(stderr, "stub:%s\n", line);
     }
 };
 
@@ -148,7 +174,7 @@ struct Call {
 
     ~Call() {
         if (code != kSuccess && code != kNotReady) s.note(" -> %d", code);
-        s.log += '\n';
+        s.note("\n");
     }
 
     void bad(const char* what) {
@@ -192,7 +218,23 @@ struct Call {
     }
 };
 
+// Runs a launch on the emulated device's kernels; what that finds wrong is a sticky error, as on a GPU.
+void execute(State& s, const Launch& launch) {
+    WarpstepEmuKernelInfo info;
+    WarpstepEmuLaunch what = {};
+    what.kernel = s.find(launch.symbol.c_str(), &info);
+    what.params = launch.params.data();
+    what.params_bytes = launch.params.size();
+    what.geometry = launch.geometry;
+    what.options = {1, 0, 0, 2, 1, 1, (uint32_t)s.options["sms"]};
+    char report[1024] = "no such kernel";
+    if (what.kernel && s.launch(&what, report, sizeof report) == 0) return;
+    s.note("execution of %s BAD %s\n", launch.symbol.c_str(), report);
+    s.sticky = 719;
+}
+
 void run(State& s, Op& op) {
+    if (op.kind == Op::kLaunch) execute(s, *op.launch);
     if (op.kind == Op::kCopy) memcpy(op.dst, op.src, op.bytes);
     if (op.kind == Op::kFill) memset(op.dst, op.value, op.bytes);
     if (op.kind == Op::kMarker) {
@@ -248,6 +290,29 @@ struct NodeParams {
     uint64_t rest[20];
     int64_t reserved2;
 };
+
+Launch launch_of(const Function* f, const unsigned* grid, const unsigned* block, unsigned shared, void** arguments) {
+    Launch launch = {f->symbol, {}, {}};
+    for (int axis = 0; axis < 3; axis++) {
+        launch.geometry.grid[axis] = grid[axis];
+        launch.geometry.block[axis] = block[axis];
+        launch.geometry.cluster[axis] = 1;
+    }
+    launch.geometry.shared_bytes = shared;
+    auto* bytes = static_cast<const unsigned char*>(arguments[0]);
+    launch.params.assign(bytes, bytes + f->params_bytes);
+    return launch;
+}
+
+void set_attribute(Launch& launch, unsigned id, const unsigned* value) {
+    if (id == 2) launch.geometry.cooperative = value[0];
+    for (int axis = 0; axis < 3 && id == 4; axis++) launch.geometry.cluster[axis] = value[axis];
+    if (id == 6) launch.geometry.dependent = value[0];
+}
+
+void enqueue(State& s, Stream* stream, const Launch& launch) {
+    if (s.launch) stream->ops.push_back({Op::kLaunch, nullptr, nullptr, 0, 0, 0, std::make_shared<Launch>(launch)});
+}
 
 void geometry(Call& call, const Function* f, const unsigned* grid, const unsigned* block, unsigned shared) {
     call.s.note(" symbol=%s grid=%u,%u,%u block=%u,%u,%u shared=%u", f->symbol.c_str(), grid[0], grid[1], grid[2],

@@ -1,11 +1,12 @@
 //! Builds the stub, opens it, and reads what it recorded.
 
-use std::collections::BTreeMap;
-use std::ffi::{CStr, CString, c_char};
+use std::collections::{BTreeMap, BTreeSet};
+use std::ffi::{CStr, CString, c_char, c_void};
 use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::sync::OnceLock;
 use std::sync::atomic::{AtomicUsize, Ordering};
+use warpstep::conformance;
 use warpstep::device::cuda::{CudaDevice, CudaOptions};
 use warpstep::device::emulated::kernel_params_bytes;
 use warpstep::ops;
@@ -33,32 +34,50 @@ fn compiled() -> &'static Path {
     path
 }
 
-/// A folder of images for the stub: of every kernel, its name and the size of its parameters.
+/// A folder of images for the stub: of every kernel but the units of conformance, its name and the size of its
+/// parameters.
 pub fn images() -> &'static Path {
     static FOLDER: OnceLock<tempfile::TempDir> = OnceLock::new();
-    let folder = FOLDER.get_or_init(|| {
-        let folder = tempfile::tempdir().unwrap();
-        let mut modules: BTreeMap<&str, Vec<&str>> = BTreeMap::new();
-        modules.insert("bugs", vec!["emu_add_one"]);
-        modules.insert("bench", vec!["bench_copy", "bench_sum", "bench_fill_bf16", "bench_fill_f32"]);
-        for variant in ops::registry().iter().flat_map(|op| op.variants) {
-            for (_, kernel) in variant.kernels {
-                modules.entry(kernel.module).or_default().push(kernel.symbol);
-            }
+    FOLDER.get_or_init(|| write_images(&[])).path()
+}
+
+/// The same with the units of conformance.
+pub fn all_images() -> &'static Path {
+    static FOLDER: OnceLock<tempfile::TempDir> = OnceLock::new();
+    let steps = || conformance::UNITS.iter().flat_map(|unit| unit.steps).map(|step| step.symbol);
+    FOLDER
+        .get_or_init(|| write_images(&steps().collect::<BTreeSet<_>>().into_iter().collect::<Vec<_>>()))
+        .path()
+}
+
+fn write_images(conformance: &[&'static str]) -> tempfile::TempDir {
+    let folder = tempfile::tempdir().unwrap();
+    let mut modules: BTreeMap<&str, Vec<&str>> = BTreeMap::new();
+    modules.insert("bugs", vec!["emu_add_one"]);
+    modules.insert("bench", vec!["bench_copy", "bench_sum", "bench_fill_bf16", "bench_fill_f32"]);
+    for variant in ops::registry().iter().flat_map(|op| op.variants) {
+        for (_, kernel) in variant.kernels {
+            modules.entry(kernel.module).or_default().push(kernel.symbol);
         }
-        for (module, symbols) in modules {
-            let mut image = vec![0u8; 64];
-            image[..6].copy_from_slice(b"\x7fELF\x02\x01");
-            for symbol in symbols {
-                let bytes = kernel_params_bytes(symbol).unwrap();
-                image.extend(format!("{symbol} {bytes}\n").bytes());
-            }
-            image.push(0);
-            std::fs::write(folder.path().join(module).with_extension("cubin"), image).unwrap();
+    }
+    modules.insert("conformance", conformance.to_vec());
+    for (module, symbols) in modules {
+        let mut image = vec![0u8; 64];
+        image[..6].copy_from_slice(b"\x7fELF\x02\x01");
+        for symbol in symbols {
+            let bytes = kernel_params_bytes(symbol).unwrap();
+            image.extend(format!("{symbol} {bytes}\n").bytes());
         }
-        folder
-    });
-    folder.path()
+        image.push(0);
+        std::fs::write(folder.path().join(module).with_extension("cubin"), image).unwrap();
+    }
+    folder
+}
+
+unsafe extern "C" {
+    // kernels/emulator/abi.h; only their addresses are taken.
+    fn warpstep_emu_find();
+    fn warpstep_emu_launch();
 }
 
 impl Stub {
@@ -95,6 +114,18 @@ impl Stub {
         unsafe {
             self.library.get::<unsafe extern "C" fn(*const c_char)>(b"stub_configure\0").unwrap()(
                 text.as_ptr(),
+            );
+        }
+    }
+
+    /// From now on launches run in the emulator that is linked into this process.
+    pub fn execute(&self) {
+        // SAFETY: the stub's own declaration of this name; both functions live as long as the process.
+        unsafe {
+            self.library
+                .get::<unsafe extern "C" fn(*const c_void, *const c_void)>(b"stub_execute\0")
+                .unwrap()(
+                warpstep_emu_find as *const c_void, warpstep_emu_launch as *const c_void
             );
         }
     }
