@@ -104,7 +104,7 @@ KERNEL(conformance_clusters, ConformanceParams, 32, 1) {
   cluster_sync();
 }
 
-/* in [5, 32, 4]; out the same: every load of 16 bytes, 8 bytes and one float. */
+/* in [6, 32, 4]; out the same: every load of 16 bytes, 8 bytes and one float. */
 KERNEL(conformance_loads, ConformanceParams, 32, 1) {
   const uint32_t at = lane_id() * 4, row = kWarp * 4;
   const uint32_t* in = words(p) + at;
@@ -116,6 +116,7 @@ KERNEL(conformance_loads, ConformanceParams, 32, 1) {
   st_v4(out + 2 * row, ld_cg_v4(in + 2 * row));
   for (uint32_t j = 0; j < 4; j++) out[3 * row + j] = as_u32(ld_cg_f32(floats(p) + at + 3 * row + j));
   st_v4(out + 4 * row, ld_v4(in + 4 * row));
+  st_v4(out + 5 * row, ld_stream_v4(in + 5 * row));
 }
 
 /* 4 blocks of 64; out [4 + 256]: a sum, a maximum, a float sum, a count, and one mark for every ticket handed out. */

@@ -7,7 +7,8 @@
 // Rules that keep both sides true:
 //  - Spinning goes through ld_acquire, poll_relaxed or mbar_wait: a bare `while (*flag)` never ends on one core.
 //  - ld_nc_* and load_vec only for data that nobody writes while the launch lives: weights. A dependent launch begins
-//    while its predecessors still write. ld_cg_* for what another block or an earlier launch wrote.
+//    while its predecessors still write. ld_cg_* for what another block or an earlier launch wrote. Weights that are to be
+//    on their way before griddep_wait: ld_stream_v4, cp_async16, bulk_g2s or prefetch_l2 (tests/fast_kernels.rs looks).
 //  - A shuffle or ballot orders no memory; warp_sync does.
 //  - A function that calls primitives on a kernel's behalf ends its parameters with SITE_ (SITE0 if it has none)
 //    and hands them on with PASS_ (PASS0), so that reports name the kernel's line.
@@ -127,6 +128,15 @@ DEV v4u ld_nc_v4(const void* p) {
 DEV v2u ld_nc_v2(const void* p) {
   v2u r;
   asm volatile("ld.global.nc.v2.u32 {%0,%1}, [%2];" : "=r"(r.x), "=r"(r.y) : "l"(p));
+  return r;
+}
+// Weights that are read once. As ld_nc_v4, but it stays above a griddep_wait that follows it: nothing orders loads of the
+// read-only path, so that ptxas moves them below the wait, to where their values are first used.
+DEV v4u ld_stream_v4(const void* p) {
+  v4u r;
+  asm volatile("ld.global.L1::no_allocate.v4.u32 {%0,%1,%2,%3}, [%4];"
+               : "=r"(r.x), "=r"(r.y), "=r"(r.z), "=r"(r.w)
+               : "l"(p));
   return r;
 }
 DEV float ld_cg_f32(const float* p) {

@@ -66,8 +66,8 @@ struct Direct {
 template <int STEPS>
 DEV void load_step(Direct<STEPS>& s, int u, uint32_t step) {
   const unsigned char* from = s.at + size_t(step) * kStepBytes;
-  s.held[2 * u] = ld_nc_v4(from);
-  s.held[2 * u + 1] = ld_nc_v4(from + kStepBytes / 2);
+  s.held[2 * u] = ld_stream_v4(from);
+  s.held[2 * u + 1] = ld_stream_v4(from + kStepBytes / 2);
 }
 template <int STEPS>
 DEV void begin(Direct<STEPS>& s, const unsigned char* w, Steps mine, unsigned char*, uint32_t) {

@@ -35,6 +35,15 @@ struct Fast {
     loads: Loads,
     /// Whether it multiplies on tensor cores; where it does not, it must not either.
     tensor_cores: bool,
+    /// Whether it asks for weights before it waits for the launches before it.
+    early: bool,
+}
+
+impl Fast {
+    /// Of a kernel that has nothing to read before its predecessors have ended, or has full edges to them.
+    const fn late(self) -> Fast {
+        Fast { early: false, ..self }
+    }
 }
 
 const fn fast(
@@ -45,23 +54,23 @@ const fn fast(
     loads: Loads,
     tensor_cores: bool,
 ) -> Fast {
-    Fast { symbol, threads, dynamic_shared, blocks_per_sm, loads, tensor_cores }
+    Fast { symbol, threads, dynamic_shared, blocks_per_sm, loads, tensor_cores, early: true }
 }
 
 /// Symbol, threads, dynamic shared bytes, blocks per SM, loads, tensor cores.
 const TABLE: &[Fast] = &[
-    fast("qkv_tile_f32", 256, 0, 2, Loads::Wide, false),
-    fast("qkv_tile_bf16", 256, 0, 2, Loads::Wide, false),
-    fast("attention_splitkv_f32", 256, 0, 2, Loads::Wide, false),
-    fast("attention_splitkv_bf16", 256, 0, 2, Loads::Wide, false),
-    fast("o_proj_tile_f32", 256, 0, 2, Loads::Wide, false),
-    fast("o_proj_tile_bf16", 256, 0, 2, Loads::Wide, false),
-    fast("gate_up_tile_f32", 256, 0, 2, Loads::Wide, false),
-    fast("gate_up_tile_bf16", 256, 0, 2, Loads::Wide, false),
-    fast("down_tile_f32", 256, 0, 2, Loads::Wide, false),
-    fast("down_tile_bf16", 256, 0, 2, Loads::Wide, false),
-    fast("linear_tile_f32", 256, 0, 2, Loads::Wide, false),
-    fast("linear_tile_bf16", 256, 0, 2, Loads::Wide, false),
+    fast("qkv_tile_f32", 256, 0, 2, Loads::Wide, false).late(),
+    fast("qkv_tile_bf16", 256, 0, 2, Loads::Wide, false).late(),
+    fast("attention_splitkv_f32", 256, 0, 2, Loads::Wide, false).late(),
+    fast("attention_splitkv_bf16", 256, 0, 2, Loads::Wide, false).late(),
+    fast("o_proj_tile_f32", 256, 0, 2, Loads::Wide, false).late(),
+    fast("o_proj_tile_bf16", 256, 0, 2, Loads::Wide, false).late(),
+    fast("gate_up_tile_f32", 256, 0, 2, Loads::Wide, false).late(),
+    fast("gate_up_tile_bf16", 256, 0, 2, Loads::Wide, false).late(),
+    fast("down_tile_f32", 256, 0, 2, Loads::Wide, false).late(),
+    fast("down_tile_bf16", 256, 0, 2, Loads::Wide, false).late(),
+    fast("linear_tile_f32", 256, 0, 2, Loads::Wide, false).late(),
+    fast("linear_tile_bf16", 256, 0, 2, Loads::Wide, false).late(),
     fast("qkv_stream_bf16", 256, 20608, 2, Loads::Wide, true),
     fast("qkv_ring_bf16", 256, 102528, 2, Loads::Bulk, true),
     fast("qkv_mma_bf16", 256, 98304, 1, Loads::Async, true),
@@ -84,11 +93,11 @@ const TABLE: &[Fast] = &[
     fast("lm_head_ring_bf16", 256, 102528, 2, Loads::Bulk, true),
     fast("lm_head_mma_bf16", 256, 98304, 1, Loads::Async, true),
     fast("flow_modulation_mma_bf16", 256, 175_616, 1, Loads::Wide, true),
-    fast("flow_ring_bf16", 288, 222_080, 1, Loads::Bulk, true),
-    fast("attention_mma_flash_bf16", 128, 87_040, 2, Loads::Async, true),
+    fast("flow_ring_bf16", 288, 222_080, 1, Loads::Bulk, true).late(),
+    fast("attention_mma_flash_bf16", 128, 87_040, 2, Loads::Async, true).late(),
     fast("attention_mma_splitkv_bf16", 128, 73_984, 2, Loads::Async, true),
     fast("conv2d_mma_bf16", 256, 63_616, 2, Loads::Async, true),
-    fast("vae_attention_mma_bf16", 256, 166_400, 1, Loads::Async, true),
+    fast("vae_attention_mma_bf16", 256, 166_400, 1, Loads::Async, true).late(),
 ];
 
 /// Of one SM of a Hopper GPU (compute capability 9.0).
@@ -197,9 +206,9 @@ fn disassembler() -> Option<PathBuf> {
     folders.into_iter().find(|folder| folder.join("cuobjdump").is_file() && folder.join("nvdisasm").is_file())
 }
 
-/// How often each instruction occurs in each kernel of an image's disassembly.
-fn instructions(text: &str) -> BTreeMap<String, BTreeMap<String, usize>> {
-    let mut kernels: BTreeMap<String, BTreeMap<String, usize>> = BTreeMap::new();
+/// The mnemonics of each kernel of an image's disassembly, in the order of their addresses.
+fn instructions(text: &str) -> BTreeMap<String, Vec<String>> {
+    let mut kernels: BTreeMap<String, Vec<String>> = BTreeMap::new();
     let mut current = None;
     for line in text.lines().map(str::trim) {
         if let Some((_, symbol)) = line.split_once("Function : ") {
@@ -212,18 +221,31 @@ fn instructions(text: &str) -> BTreeMap<String, BTreeMap<String, usize>> {
             // The second line of an instruction holds its encoding only.
             if let Some(mnemonic) = mnemonic.filter(|word| word.starts_with(|c: char| c.is_ascii_uppercase()))
             {
-                *kernels.entry(symbol.clone()).or_default().entry(mnemonic.into()).or_default() += 1;
+                kernels.entry(symbol.clone()).or_default().push(mnemonic.into());
             }
         }
     }
     kernels
 }
 
-/// What is wrong with the instructions of one row.
-fn wrong_instructions(row: &Fast, found: &BTreeMap<String, usize>) -> Vec<String> {
-    let count = |wanted: &dyn Fn(&str) -> bool| -> usize {
-        found.iter().filter(|(name, _)| wanted(name)).map(|(_, count)| count).sum()
+/// Instructions before a wait among which the last fetch must be: addresses and loops lie between.
+const EARLY: usize = 32;
+
+/// How many waits for the launches before (`ACQBULK`) there are, and before how many no weight was asked for. ptxas
+/// moved loads of the read-only path below the wait, where the source has them above.
+fn waits(code: &[String]) -> (usize, usize) {
+    let weights = |name: &String| {
+        let wide = name.starts_with("LDG.") && name.contains(".NA.") && name.contains(".128");
+        wide || ["LDGSTS.", "UBLKCP.", "CCTL.E.PF2"].iter().any(|start| name.starts_with(start))
     };
+    let at: Vec<usize> = (0..code.len()).filter(|&i| code[i] == "ACQBULK").collect();
+    let late = at.iter().filter(|&&i| !code[i.saturating_sub(EARLY)..i].iter().any(weights)).count();
+    (at.len(), late)
+}
+
+/// What is wrong with the instructions of one row.
+fn wrong_instructions(row: &Fast, found: &[String]) -> Vec<String> {
+    let count = |wanted: &dyn Fn(&str) -> bool| found.iter().filter(|name| wanted(name)).count();
     let is = |name: &str, op: &str| name == op || name.starts_with(&format!("{op}."));
     let mut wrong = Vec::new();
     let local = count(&|name| is(name, "LDL") || is(name, "STL"));
@@ -236,11 +258,15 @@ fn wrong_instructions(row: &Fast, found: &BTreeMap<String, usize>) -> Vec<String
         Loads::Bulk => count(&|name| is(name, "UBLKCP")),
     };
     if fetches == 0 {
-        wrong.push(format!("{}: no {:?} loads among {:?}", row.symbol, row.loads, found.keys()));
+        wrong.push(format!("{}: no {:?} loads", row.symbol, row.loads));
     }
     let products = count(&|name| is(name, "HMMA") || is(name, "HGMMA"));
     if (products > 0) != row.tensor_cores {
         wrong.push(format!("{}: {products} tensor-core instructions", row.symbol));
+    }
+    let (waits, late) = waits(found);
+    if row.early && (waits == 0 || late > 0) {
+        wrong.push(format!("{}: no weights are asked for before {late} of {waits} waits", row.symbol));
     }
     wrong
 }
@@ -255,7 +281,7 @@ fn every_fast_kernel_is_made_of_the_instructions_that_were_meant() {
         return;
     };
     let folder = tempfile::tempdir().unwrap();
-    let mut modules: BTreeMap<&str, BTreeMap<String, BTreeMap<String, usize>>> = BTreeMap::new();
+    let mut modules: BTreeMap<&str, BTreeMap<String, Vec<String>>> = BTreeMap::new();
     let mut wrong = Vec::new();
     for row in TABLE {
         let Some(found) = resources(row.symbol) else {
@@ -302,7 +328,7 @@ fn blocks_per_sm_are_those_of_the_occupancy_rules() {
 
 #[test]
 fn a_kernel_that_is_not_as_designed_is_found() {
-    let row = fast("k", 256, 0, 2, Loads::Wide, false);
+    let row = fast("k", 256, 0, 2, Loads::Wide, false).late();
     let good = KernelResources { registers: 128, ..KernelResources::default() };
     assert_eq!(complaint(&row, &good), None);
     assert!(complaint(&row, &KernelResources { registers: 129, ..good.clone() }).is_some());
@@ -317,9 +343,22 @@ fn a_kernel_that_is_not_as_designed_is_found() {
                 /*0010*/ STL.64 [R1], R4 ;\n";
     let kernels = instructions(text);
     assert_eq!(kernels["k"].len(), 2, "{kernels:?}");
-    let meant = fast("k", 256, 0, 2, Loads::Wide, true);
+    let meant = fast("k", 256, 0, 2, Loads::Wide, true).late();
     assert!(wrong_instructions(&meant, &kernels["k"]).is_empty());
     assert_eq!(wrong_instructions(&row, &kernels["k"]).len(), 1, "tensor cores that nobody meant");
-    let other = wrong_instructions(&fast("other", 256, 0, 2, Loads::Bulk, true), &kernels["other"]);
+    let other = wrong_instructions(&fast("other", 256, 0, 2, Loads::Bulk, true).late(), &kernels["other"]);
     assert_eq!(other.len(), 3, "local memory, no bulk loads, no tensor cores: {other:?}");
+
+    let early = fast("k", 256, 0, 2, Loads::Wide, true);
+    let text = |load: &str, between: usize| {
+        let between = "/*0010*/ IADD3 R4, R4, R6 ;\n".repeat(between);
+        format!(
+            "Function : k\n/*0000*/ {load} R4, [R2] ;\n{between}/*0010*/ ACQBULK ;\n/*0020*/ HMMA R4, R4 ;\n"
+        )
+    };
+    let wrong = |load, between| wrong_instructions(&early, &instructions(&text(load, between))["k"]);
+    assert!(wrong("LDG.E.NA.128", 0).is_empty() && wrong("LDG.E.NA.128", 31).is_empty());
+    assert!(wrong("LDG.E.NA.128", 32)[0].contains("before 1 of 1 waits"));
+    assert_eq!(wrong("LDG.E.128", 0).len(), 1, "not past L1: activations");
+    assert!(wrong_instructions(&early, &kernels["k"])[0].contains("0 of 0"), "no wait at all");
 }

@@ -172,6 +172,7 @@ DEV v4u ld_v4(const void* p SITE_) {
   return *static_cast<const v4u*>(p);
 }
 DEV v4u ld_cg_v4(const void* p SITE_) { return ld_v4(p PASS_); }
+DEV v4u ld_stream_v4(const void* p SITE_) { return ld_v4(p PASS_); }
 DEV void st_v4(void* p, v4u v SITE_) {
   emu::require_aligned(p, 16, site);
   *static_cast<v4u*>(p) = v;

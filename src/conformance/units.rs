@@ -64,9 +64,18 @@ pub static UNITS: &[Unit] = &[
     },
     Unit {
         name: "loads",
-        primitives: &["ld_nc_v4", "ld_nc_v2", "ld_cg_v4", "ld_cg_f32", "ld_v4", "st_v4", "prefetch_l2"],
+        primitives: &[
+            "ld_nc_v4",
+            "ld_nc_v2",
+            "ld_stream_v4",
+            "ld_cg_v4",
+            "ld_cg_f32",
+            "ld_v4",
+            "st_v4",
+            "prefetch_l2",
+        ],
         steps: &[Step { symbol: "conformance_loads", geometry: || Geometry::linear(1, 32) }],
-        input: || noise(5 * 32 * 4, 4),
+        input: || noise(6 * 32 * 4, 4),
         expected: |input| bits(input.iter().copied()),
     },
     Unit {
