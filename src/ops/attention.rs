@@ -124,11 +124,12 @@ pub struct Args {
     pub scale: f32,
 }
 
-/// Splits for decoding: enough blocks for every SM, but no range shorter than is worth combining. It follows
-/// from the capacity, not from the length, so that a recorded node serves every token.
+/// Splits for decoding: two blocks for every SM where there is room, never a few more, which would run after all
+/// others and hold up the next launch; but no range shorter than is worth combining. It follows from the capacity, not
+/// from the length, so that a recorded node serves every token.
 pub fn splits(sm_count: u32, rows: usize, heads_kv: usize, capacity: usize) -> usize {
     let blocks = rows.saturating_mul(heads_kv).max(1);
-    (2 * sm_count as usize).div_ceil(blocks).min(capacity / MIN_SLOTS_PER_SPLIT).clamp(1, MAX_SPLITS)
+    (2 * sm_count as usize / blocks).min(capacity / MIN_SLOTS_PER_SPLIT).clamp(1, MAX_SPLITS)
 }
 
 /// Bytes of [`SplitScratch::partial`] and [`SplitScratch::arrivals`].
