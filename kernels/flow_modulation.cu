@@ -227,7 +227,8 @@ DEV void mma_pass(const FlowModulationParams& p, bf16* acts, uint32_t row0, uint
   const uint32_t tiles = (p.outputs + kTile - 1) / kTile, warps = num_warps();
   const uint32_t first = static_cast<uint32_t>(static_cast<uint64_t>(tiles) * bid_x() / nbid_x());
   const uint32_t end = static_cast<uint32_t>(static_cast<uint64_t>(tiles) * (bid_x() + 1) / nbid_x());
-  const uint32_t chunk = act_chunk(rows, p.width), stride = act_stride(chunk);
+  /* Of a full pass, in every pass: a last one of few rows could stage longer pieces, but in more memory than there is. */
+  const uint32_t chunk = act_chunk(at_most(kMmaRows, p.steps * p.rows), p.width), stride = act_stride(chunk);
   const uint32_t g = lane_id() / 4, t = lane_id() % 4;
   for (uint32_t base = first; base < end; base += warps) {
     const uint32_t tile = base + warp_id();

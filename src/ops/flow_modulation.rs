@@ -197,6 +197,8 @@ fn cases() -> Vec<Case> {
         shape(27, 3, 32, 33),
         shape(45, 2, 160, 17),
         shape(55, 3, 32, 20),
+        // A last pass of 64 rows, which fit whole where those of the first do not.
+        shape(28, 8, 1536, 20),
     ];
     let mma_medium = [
         shape(28, 2, 1536, 96),
