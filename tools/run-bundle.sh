@@ -12,9 +12,10 @@
 #
 # Steps: facts, conformance of every device primitive (its outputs are kept: conformance.safetensors belongs into
 # tests/golden/conformance), every kernel against its reference, the recorded cases of the official code, a picture, the
-# same picture again, the bench of the model with random weights, ten more pictures of equal numbers, PyTorch on the same
-# GPU if it is installed ($PYTHON, default python3), the bench of the kernels, compute-sanitizer where it is installed,
-# and the 14B shapes. Needs no Rust and no toolkit. The exit status is 0 when every step ran and passed.
+# same picture again, the bench of the model with random weights, ten more pictures of equal numbers, what may make
+# tokens faster, PyTorch on the same GPU if it is installed ($PYTHON, default python3), the bench of the kernels,
+# compute-sanitizer where it is installed, and the 14B shapes. Needs no Rust and no toolkit. The exit status is 0 when
+# every step ran and passed.
 #
 # A kernel that hangs, or leaves the device in error, costs its own step and no more: ops are tested one process each,
 # units of conformance too once they fail together, every step has a limit of its own on a GPU, and cases that fail are
@@ -127,6 +128,14 @@ step bench 240 "$warpstep" "${bench[@]}" --output "$stem-model.json"
 soak=(bench --device "$device" --positions "" --repeat 1 --pictures 10)
 [[ $device == cuda ]] && soak+=(--synthetic 14b --layers 2 --sizes 512x512)
 step soak 120 "$warpstep" "${soak[@]}"
+# What may make tokens faster (benches/JOURNAL.md), each beside nothing but itself; the bench above has the same row.
+token=(bench --device "$device" --sizes "" --seconds 1 --format json)
+[[ $device == cuda ]] && token+=(--synthetic 14b --positions 1024)
+rings=()
+for op in qkv o_proj gate_up down out_proj linear; do rings+=(--kernel "$op=ring"); done
+step try-carveout 60 "$warpstep" "${token[@]}" --shared-carveout 100 --output "$stem-carveout.json"
+step try-ring 60 "$warpstep" "${token[@]}" "${rings[@]}" --output "$stem-ring.json"
+step try-both 60 "$warpstep" "${token[@]}" --shared-carveout 100 "${rings[@]}" --output "$stem-both.json"
 if "$python" -c 'import torch' 2>/dev/null; then
     peers=("$bundle"/peers.py --output "$stem-peers.json")
     [[ ! -f $stem-model.json ]] || peers+=(--ours "$stem-model.json")

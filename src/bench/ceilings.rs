@@ -28,7 +28,9 @@ impl Sizes {
         }
         let free = info.memory_bytes.map_or(u64::MAX, |(_, free)| free);
         let stream_bytes = (free / 4).min(4 << 30) as usize / 256 * 256;
-        Sizes { stream_bytes: stream_bytes.max(256), gemm_side: 8192 }
+        // Three matrices of bf16, in a quarter of it as well.
+        let gemm_side = (free / 24).isqrt().min(8192) as usize / 256 * 256;
+        Sizes { stream_bytes: stream_bytes.max(256), gemm_side: gemm_side.max(256) }
     }
 }
 

@@ -5,6 +5,8 @@ use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::{Arc, LazyLock};
 use warpstep::device::cuda::{CudaDevice, CudaOptions};
 use warpstep::device::{Buffer, Device, Geometry, KernelId, Node, NodeList, ParamBytes, STAGING_BYTES};
+use warpstep::ops::DType;
+use warpstep::ops::bench::{self, Random};
 use warpstep::{Error, Result};
 
 const ADD_ONE: KernelId = KernelId { module: "bugs", symbol: "emu_add_one" };
@@ -82,6 +84,26 @@ fn everything_is_freed() {
     drop(buffer);
     assert_eq!(stub.live(), "");
     stub.take_log();
+}
+
+#[test]
+fn every_function_is_told_the_preferred_carveout_once() {
+    let stub = Stub::new();
+    let told = |options: CudaOptions| {
+        let device = CudaDevice::open(options).unwrap();
+        let mut stream = device.stream().unwrap();
+        let cells = device.alloc(256, "cells").unwrap();
+        let fill =
+            bench::fill(4, DType::F32, cells.span(), Random { seed: 1, mean: 0.0, deviation: 1.0 }).unwrap();
+        for _ in 0..2 {
+            stream.launch(&fill).unwrap();
+        }
+        let log = stub.take_log();
+        log.iter().filter(|line| line.contains("attribute=9:")).cloned().collect::<Vec<_>>()
+    };
+    assert!(told(stub.options()).is_empty());
+    let lines = told(CudaOptions { shared_carveout: Some(100), ..stub.options() });
+    assert!(lines.len() == 1 && lines[0].ends_with("symbol=bench_fill_f32 attribute=9:100"), "{lines:?}");
 }
 
 #[test]

@@ -42,6 +42,11 @@ pub struct DeviceArgs {
     #[arg(long)]
     pub no_dependent_launch: bool,
 
+    /// Per cent of a GPU's L1 that every kernel prefers as shared memory: where it differs from kernel to kernel, an SM
+    /// must be idle to change it, and cannot begin a dependent launch meanwhile [default: the driver's choice].
+    #[arg(long, value_name = "PERCENT", value_parser = clap::value_parser!(u8).range(0..=100))]
+    pub shared_carveout: Option<u8>,
+
     /// SMs that the emulated device reports; 132 is the shipped geometry, 4 is quick. A GPU has the SMs it has:
     /// with this option, auto means emulated.
     #[arg(long, value_name = "N", value_parser = clap::value_parser!(u32).range(1..=264))]
@@ -86,6 +91,7 @@ impl DeviceArgs {
             ordinal,
             cubins: self.cubins.clone(),
             dependent_launch: !self.no_dependent_launch,
+            shared_carveout: self.shared_carveout,
             ..cuda_options()
         }
     }

@@ -3,7 +3,8 @@
 //! The driver is opened at run time, so that one binary runs with and without a GPU. Node lists become graphs with
 //! explicit edges; uploads go through a pinned ring; every code that the driver returns becomes an error value, and
 //! one after which the context is dead makes every later call fail with [`Error::DeviceLost`]. **None of this has
-//! run on a GPU yet**: `tests/cuda_stub.rs` drives it against a recording stub of the driver's library.
+//! run on a GPU yet**: `tests/cuda_stub` drives it against a stub of the driver's library that records, and runs what it
+//! is given in the emulator.
 //!
 //! The calling thread's own current context is put back after every call, since the host program may use the
 //! driver too. Dropping the last handle frees everything and never fails.
@@ -42,6 +43,9 @@ pub struct CudaOptions {
     pub cubins: Option<PathBuf>,
     /// Let kernels that are built for it start before their predecessors end. Off, every edge waits for the end.
     pub dependent_launch: bool,
+    /// Per cent of an SM's shared memory and L1 together that every kernel prefers as shared memory, at most 100; `None`
+    /// leaves it to the driver. Where it differs from kernel to kernel, an SM must be idle to change it.
+    pub shared_carveout: Option<u8>,
     /// Fill every allocation with NaN before it is handed out: for tests of isolation, at the cost of writing all
     /// memory once.
     pub poison: bool,
@@ -49,7 +53,14 @@ pub struct CudaOptions {
 
 impl Default for CudaOptions {
     fn default() -> CudaOptions {
-        CudaOptions { ordinal: 0, library: None, cubins: None, dependent_launch: true, poison: false }
+        CudaOptions {
+            ordinal: 0,
+            library: None,
+            cubins: None,
+            dependent_launch: true,
+            shared_carveout: None,
+            poison: false,
+        }
     }
 }
 

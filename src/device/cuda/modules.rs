@@ -2,7 +2,8 @@
 
 use super::shared::Shared;
 use super::sys::{
-    Driver, FUNCTION_MAX_DYNAMIC_SHARED_BYTES, FUNCTION_NON_PORTABLE_CLUSTER, Function, Module,
+    Driver, FUNCTION_MAX_DYNAMIC_SHARED_BYTES, FUNCTION_NON_PORTABLE_CLUSTER,
+    FUNCTION_SHARED_CARVEOUT_PERCENT, Function, Module,
 };
 use crate::device::{KernelId, Node, cubins};
 use crate::error::{Error, Result};
@@ -88,6 +89,13 @@ impl Modules {
         // SAFETY: a module of this context, a terminated name, and a place for the answer.
         let status = unsafe { shared.driver.cuModuleGetFunction(&mut function, module, name.as_ptr()) };
         shared.check_launch(status, kernel.symbol)?;
+        if let Some(percent) = shared.options.shared_carveout {
+            // SAFETY: a function of this context.
+            let status = unsafe {
+                shared.driver.cuFuncSetAttribute(function, FUNCTION_SHARED_CARVEOUT_PERCENT, percent.into())
+            };
+            shared.check_launch(status, kernel.symbol)?;
+        }
         let (mut offset, mut params_bytes) = (0, 0);
         // SAFETY: a function of this context, and two places for the answers.
         let status = unsafe { shared.driver.cuFuncGetParamInfo(function, 0, &mut offset, &mut params_bytes) };

@@ -88,6 +88,7 @@ pub(super) const ATTRIBUTE_CAPABILITY_MAJOR: c_int = 75;
 pub(super) const ATTRIBUTE_CAPABILITY_MINOR: c_int = 76;
 
 pub(super) const FUNCTION_MAX_DYNAMIC_SHARED_BYTES: c_int = 8;
+pub(super) const FUNCTION_SHARED_CARVEOUT_PERCENT: c_int = 9;
 pub(super) const FUNCTION_NON_PORTABLE_CLUSTER: c_int = 14;
 
 pub(super) const STREAM_NON_BLOCKING: c_uint = 1;
