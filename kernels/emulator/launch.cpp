@@ -10,6 +10,8 @@
 namespace emu {
 
 void shared_start(Block*, size_t dynamic_bytes);
+// What the block wrote past the end of, in words; null for nothing.
+const char* shared_overrun(Block*);
 
 namespace {
 
@@ -181,6 +183,11 @@ void Runner::release_blocks() {
     if (!failed && launch->geometry->dependent && !b->dependence_waited) {
       launch->set_report("kernel " + std::string(launch->kernel->symbol) + ", block " + std::to_string(b->index) +
                          ": a dependent launch ended without griddep_wait");
+      failed = true;
+    }
+    if (const char* what = failed ? nullptr : shared_overrun(b)) {
+      launch->set_report("kernel " + std::string(launch->kernel->symbol) + ", block " + std::to_string(b->index) +
+                         ": wrote past the end of " + what);
       failed = true;
     }
     for (uint32_t t = 0; t < b->threads; t++) {

@@ -1,23 +1,34 @@
-// Shared memory: one arena per block, every array by itself with a gap around it. Under ASan all but the arrays is
-// poisoned, and arrays start as NaN.
+// Shared memory: one arena per block, every array by itself with a gap behind it. Under ASan all but the arrays is
+// poisoned; else gaps are NaN, and looked at when the block has ended. Arrays start as NaN.
 #include <stdlib.h>
+#include <string.h>
 
 #include "runtime.hpp"
 
 namespace emu {
 namespace {
 
+constexpr unsigned char kGapByte = 0xff;
+
 char* carve(Block* b, size_t bytes, size_t align) {
   const size_t offset = (b->used + align - 1) / align * align;
-  if (offset + bytes > kArenaBytes) return nullptr;
+  if (offset + bytes + kSharedGap > kArenaBytes) return nullptr;
   b->used = offset + bytes + kSharedGap;
   char* p = b->shared + offset;
 #if EMU_ASAN
   __asan_unpoison_memory_region(p, bytes);
+#else
+  memset(p + bytes, kGapByte, kSharedGap);
 #endif
   if (runner->launch->options->poison) memset(p, 0xff, bytes);
   observe_shared_array(b, offset, bytes);
   return p;
+}
+
+bool gap_written(const char* gap) {
+  for (size_t i = 0; i < kSharedGap; i++)
+    if (static_cast<unsigned char>(gap[i]) != kGapByte) return true;
+  return false;
 }
 
 char* static_array(Block* b, const void* key, size_t bytes, size_t align, Site site) {
@@ -60,6 +71,15 @@ void shared_start(Block* b, size_t dynamic_bytes) {
     b->used = 0;
     carve(b, dynamic_bytes, 1024);
   }
+}
+
+const char* shared_overrun(Block* b) {
+#if !EMU_ASAN
+  if (b->dynamic_bytes && gap_written(b->shared + b->dynamic_bytes)) return "its dynamic shared memory";
+  for (const StaticArray& a : b->statics)
+    if (gap_written(a.p + a.bytes)) return "a static shared array";
+#endif
+  return nullptr;
 }
 
 void* shared_dynamic() { return current()->block->shared; }

@@ -67,6 +67,7 @@ impl Bug {
 const SHARED_RACE: Expected = Report("shared-memory race");
 const GLOBAL_RACE: Expected = Report("global-memory race");
 const UNWRITTEN: Expected = Report("uninitialised shared memory");
+const PAST_END: Expected = Report("wrote past the end of");
 const OVERFLOW: Expected = Abort("AddressSanitizer");
 
 /// A report that every build makes.
@@ -83,8 +84,8 @@ const BUGS: &[Bug] = &[
     //  kernel                              launch               opt     asan      race
     bug("bug_missing_sync",                 Launch::Plain,       Wrong,  Wrong,    UNWRITTEN).meaning(rotated),
     bug("bug_missing_sync_in_loop",         Launch::Plain,       Wrong,  Wrong,    SHARED_RACE).meaning(rotated),
-    bug("bug_static_shared_overrun",        Launch::Plain,       Silent, OVERFLOW, Report("out of bounds")),
-    bug("bug_dynamic_shared_overrun",       Launch::Dynamic,     Silent, OVERFLOW, Report("out of bounds")),
+    bug("bug_static_shared_overrun",        Launch::Plain,       PAST_END, OVERFLOW, Report("out of bounds")),
+    bug("bug_dynamic_shared_overrun",       Launch::Dynamic,     PAST_END, OVERFLOW, Report("out of bounds")),
     bug("bug_global_overrun",               Launch::Tight,       Skip,   OVERFLOW, Report("out of bounds")),
     bug("bug_bulk_overrun",                 Launch::Plain,       Silent, OVERFLOW, Report("out of bounds")),
     bug("bug_local_overrun",                Launch::Plain,       Skip,   OVERFLOW, Skip),
