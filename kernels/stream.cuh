@@ -12,7 +12,8 @@
  * sums do not depend on the rows beside it.
  * Weights depend on no earlier launch: the first loads are under way before griddep_wait.
  * Grid: x = blocks, one per SM; y = groups of eight rows, which read the weights once each.
- * Bound by the bytes of w. In flight per SM: 64 KB in registers (`stream`), 64 to 128 KB in shared memory (`ring`).
+ * Bound by the bytes of w. In flight per SM: up to 64 KB in registers, 8 KB of a warp at a time (`stream`), 64 to 128 KB
+ * in shared memory (`ring`).
  */
 #pragma once
 #include "packed.cuh"
@@ -55,7 +56,7 @@ DEV uint32_t ring_stages(uint32_t staged) {
   return stages < kRingStages ? stages : kRingStages;
 }
 
-/* A warp's steps, 16-byte loads straight into registers, STEPS of them ahead. */
+/* A warp's steps, 16-byte loads straight into registers, STEPS of them at a time. */
 template <int STEPS>
 struct Direct {
   static constexpr int kChunk = STEPS;
@@ -86,12 +87,15 @@ DEV void take_step(Direct<STEPS>& s, int u, v4u& low, v4u& high) {
   low = s.held[2 * u];
   high = s.held[2 * u + 1];
 }
+/* All loads of a chunk at once, after the last of its multiplications: a lane's loads count down on one scoreboard
+ * (all of a kernel's branches must agree which), so that what waits for one waits for all that were issued before. A
+ * load behind each multiplication would make the next one wait for memory. */
 template <int STEPS>
-DEV void refill_step(Direct<STEPS>& s, int u, uint32_t step) {
-  if (step + STEPS < s.steps) load_step(s, u, step + STEPS);
+DEV void release_chunk(Direct<STEPS>& s, uint32_t next) {
+#pragma unroll
+  for (int u = 0; u < STEPS; u++)
+    if (next + u < s.steps) load_step(s, u, next + u);
 }
-template <int STEPS>
-DEV void release_chunk(Direct<STEPS>&) {}
 
 /* A warp's steps by bulk copies into its own slots of shared memory. The warp that reads a slot asks for its next
  * contents, so nothing passes between warps. */
@@ -140,8 +144,7 @@ DEV void take_step(Ring& r, int u, v4u& low, v4u& high) {
   low = ld_v4(from);
   high = ld_v4(from + kStepBytes / 2);
 }
-DEV void refill_step(Ring&, int, uint32_t) {}
-DEV void release_chunk(Ring& r) {
+DEV void release_chunk(Ring& r, uint32_t) {
   warp_sync();
   request_chunk(r);
   r.get = r.get + 1 == r.depth ? 0 : r.get + 1;
@@ -213,7 +216,6 @@ DEV void multiply_steps(Source& source, Steps mine, uint32_t per_tile, const bf1
         v4u low, high;
         take_step(source, u, low, high);
         multiply_step(tail, low, high, row_exists ? ld_v4(h + step * kStepK) : v4u{});
-        refill_step(source, u, base + u);
         if (++step == per_tile) {
           step = 0;
           ended = true;
@@ -225,7 +227,7 @@ DEV void multiply_steps(Source& source, Steps mine, uint32_t per_tile, const bf1
         }
       }
     }
-    release_chunk(source);
+    release_chunk(source, base + Source::kChunk);
     if (ended) {
       if (begun_here) {
         whole(done, tile);

@@ -206,46 +206,89 @@ fn disassembler() -> Option<PathBuf> {
     folders.into_iter().find(|folder| folder.join("cuobjdump").is_file() && folder.join("nvdisasm").is_file())
 }
 
-/// The mnemonics of each kernel of an image's disassembly, in the order of their addresses.
-fn instructions(text: &str) -> BTreeMap<String, Vec<String>> {
-    let mut kernels: BTreeMap<String, Vec<String>> = BTreeMap::new();
+/// An instruction, and what its encoding says of the six counters that stand for results on their way.
+#[derive(Clone, Debug, Default, PartialEq)]
+struct Instruction {
+    mnemonic: String,
+    /// Bit of the counter that its result counts down; 0 for none.
+    counts: u64,
+    /// Bits of the counters that must be zero before it begins.
+    waits: u64,
+}
+
+/// Each kernel of an image's disassembly, in the order of addresses.
+fn instructions(text: &str) -> BTreeMap<String, Vec<Instruction>> {
+    let mut kernels: BTreeMap<String, Vec<Instruction>> = BTreeMap::new();
     let mut current = None;
     for line in text.lines().map(str::trim) {
         if let Some((_, symbol)) = line.split_once("Function : ") {
             current = Some(symbol.trim().to_owned());
         } else if let (Some(symbol), Some(rest)) = (&current, line.strip_prefix("/*"))
-            && let Some((_, code)) = rest.split_once("*/")
+            && let Some((address, code)) = rest.split_once("*/")
         {
+            let kernel = kernels.entry(symbol.clone()).or_default();
             let code = code.split(';').next().unwrap_or_default();
             let mnemonic = code.split_whitespace().find(|word| !word.starts_with('@'));
-            // The second line of an instruction holds its encoding only.
+            // The second line of an instruction holds the upper half of its encoding only.
             if let Some(mnemonic) = mnemonic.filter(|word| word.starts_with(|c: char| c.is_ascii_uppercase()))
             {
-                kernels.entry(symbol.clone()).or_default().push(mnemonic.into());
+                kernel.push(Instruction { mnemonic: mnemonic.into(), ..Instruction::default() });
+            } else if let Some(last) = kernel.last_mut()
+                && let Some(bits) = address.trim().strip_prefix("0x")
+            {
+                let bits = u64::from_str_radix(bits, 16).unwrap();
+                let counter = bits >> 46 & 7;
+                last.counts = if counter == 7 { 0 } else { 1 << counter };
+                last.waits = bits >> 52 & 0x3f;
             }
         }
     }
     kernels
 }
 
+/// Whether it brings 16 bytes of weights to registers.
+fn is_weights(instruction: &Instruction) -> bool {
+    let name = &instruction.mnemonic;
+    name.starts_with("LDG.") && name.contains(".NA.") && name.contains(".128")
+}
+
+/// Multiplications that wait for weights of which some were asked for since one did last. Loads of all branches count
+/// on one counter, and who waits for it waits for all of them: a load behind each multiplication makes the next one
+/// wait for memory, and a warp has one load on its way instead of a chunk of them.
+fn waits_for_weights(code: &[Instruction]) -> usize {
+    let counters = code.iter().filter(|i| is_weights(i)).fold(0, |all, i| all | i.counts);
+    let (mut asked, mut count) = (false, 0);
+    for instruction in code {
+        asked |= is_weights(instruction);
+        if asked && instruction.mnemonic.starts_with("HMMA") && instruction.waits & counters != 0 {
+            (asked, count) = (false, count + 1);
+        }
+    }
+    count
+}
+
+/// Most of them in a `stream` kernel: one for a chunk of long rows, and for short rows, which go step by step, as many as
+/// that loop is unrolled.
+const CHUNK_WAITS: usize = 4;
+
 /// Instructions before a wait among which the last fetch must be: addresses and loops lie between.
 const EARLY: usize = 32;
 
 /// How many waits for the launches before (`ACQBULK`) there are, and before how many no weight was asked for. ptxas
 /// moved loads of the read-only path below the wait, where the source has them above.
-fn waits(code: &[String]) -> (usize, usize) {
-    let weights = |name: &String| {
-        let wide = name.starts_with("LDG.") && name.contains(".NA.") && name.contains(".128");
-        wide || ["LDGSTS.", "UBLKCP.", "CCTL.E.PF2"].iter().any(|start| name.starts_with(start))
+fn waits(code: &[Instruction]) -> (usize, usize) {
+    let weights = |i: &Instruction| {
+        let others = ["LDGSTS.", "UBLKCP.", "CCTL.E.PF2"];
+        is_weights(i) || others.iter().any(|start| i.mnemonic.starts_with(start))
     };
-    let at: Vec<usize> = (0..code.len()).filter(|&i| code[i] == "ACQBULK").collect();
+    let at: Vec<usize> = (0..code.len()).filter(|&i| code[i].mnemonic == "ACQBULK").collect();
     let late = at.iter().filter(|&&i| !code[i.saturating_sub(EARLY)..i].iter().any(weights)).count();
     (at.len(), late)
 }
 
 /// What is wrong with the instructions of one row.
-fn wrong_instructions(row: &Fast, found: &[String]) -> Vec<String> {
-    let count = |wanted: &dyn Fn(&str) -> bool| found.iter().filter(|name| wanted(name)).count();
+fn wrong_instructions(row: &Fast, found: &[Instruction]) -> Vec<String> {
+    let count = |wanted: &dyn Fn(&str) -> bool| found.iter().filter(|i| wanted(&i.mnemonic)).count();
     let is = |name: &str, op: &str| name == op || name.starts_with(&format!("{op}."));
     let mut wrong = Vec::new();
     let local = count(&|name| is(name, "LDL") || is(name, "STL"));
@@ -264,6 +307,10 @@ fn wrong_instructions(row: &Fast, found: &[String]) -> Vec<String> {
     if (products > 0) != row.tensor_cores {
         wrong.push(format!("{}: {products} tensor-core instructions", row.symbol));
     }
+    let serial = waits_for_weights(found);
+    if row.symbol.contains("_stream_") && !(1..=CHUNK_WAITS).contains(&serial) {
+        wrong.push(format!("{}: {serial} multiplications wait for newly asked weights", row.symbol));
+    }
     let (waits, late) = waits(found);
     if row.early && (waits == 0 || late > 0) {
         wrong.push(format!("{}: no weights are asked for before {late} of {waits} waits", row.symbol));
@@ -281,7 +328,7 @@ fn every_fast_kernel_is_made_of_the_instructions_that_were_meant() {
         return;
     };
     let folder = tempfile::tempdir().unwrap();
-    let mut modules: BTreeMap<&str, BTreeMap<String, Vec<String>>> = BTreeMap::new();
+    let mut modules: BTreeMap<&str, BTreeMap<String, Vec<Instruction>>> = BTreeMap::new();
     let mut wrong = Vec::new();
     for row in TABLE {
         let Some(found) = resources(row.symbol) else {
@@ -361,4 +408,16 @@ fn a_kernel_that_is_not_as_designed_is_found() {
     assert!(wrong("LDG.E.NA.128", 32)[0].contains("before 1 of 1 waits"));
     assert_eq!(wrong("LDG.E.128", 0).len(), 1, "not past L1: activations");
     assert!(wrong_instructions(&early, &kernels["k"])[0].contains("0 of 0"), "no wait at all");
+
+    // Loads on counter 5, and a multiplication that waits for it, alone or with others.
+    let [load, free, waiting] = [0x0005_6800_0c5e_1d00_u64, 0x000f_e200_0004_1850, 0x021f_e200_0004_1850];
+    let line = |code: &str, bits: u64| format!("/*0000*/ {code} ; /* 0x1 */\n/* 0x{bits:016x} */\n");
+    let (load, free, waiting) =
+        (line("LDG.E.NA.128 R4, [R2]", load), line("HMMA R4", free), line("HMMA R4", waiting));
+    let count = |code: &[&String]| {
+        let code: String = code.iter().map(|line| line.as_str()).collect();
+        waits_for_weights(&instructions(&format!("Function : k\n{code}"))["k"])
+    };
+    assert_eq!(count(&[&load, &load, &waiting, &waiting, &load, &free, &load, &free]), 1);
+    assert_eq!(count(&[&load, &load, &waiting, &load, &waiting, &load, &waiting]), 3);
 }
