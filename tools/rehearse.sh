@@ -15,8 +15,8 @@ mkdir -p "$work"
 "${CXX:-c++}" -std=c++17 -O1 -shared -fPIC -o "$work"/libcuda.so.1 "$root"/tests/cuda_stub/driver.cpp -ldl
 (
     cd "$root"
-    # The stand-in looks for the emulator in the program, which must export it; in a place of its own, so that the next
-    # build finds the program as it was.
+    # The stand-in looks for the emulator in the program, which must export it. The next build links the usual one again;
+    # the copy stays.
     exported=()
     for symbol in find launch; do exported+=(-C "link-arg=-Wl,--export-dynamic-symbol=warpstep_emu_$symbol"); done
     cargo rustc --release --locked --bin warpstep -- "${exported[@]}" >&2

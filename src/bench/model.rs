@@ -445,7 +445,8 @@ fn pictures(
     let mut first_bits: Option<Vec<u8>> = None;
     for picture in 0..options.pictures.max(1) {
         let start = Instant::now();
-        // As a session does with its next request: the tables of this one's prompts lie where the VAE works later.
+        // As a session does with its next request: the tables of this one's prompts lie where the VAE works later. What
+        // was not wiped keeps no prompt, so that all of them are prefilled again.
         run.rebind(spec.clone())?;
         let stream = run.stream();
         stream.replay(prefill.executable.as_ref())?;
