@@ -130,8 +130,9 @@ KERNEL(conformance_atomics, ConformanceParams, 64, 1) {
   atom_add_relaxed(out + 4 + ticket, 1);
 }
 
-/* Two blocks that are resident together; in [32]; out [2, 32]: data behind a released flag, then a 64-bit word of value
- * and round that goes to and fro. */
+/* Two blocks that are resident together; in [32]; out [98]: data behind a released flag; a 64-bit word of value and
+ * round that goes to and fro, then one of 128 bits; and how many of 4096 words of 128 bits, as they were written one
+ * over the other, came in pieces: none, and the last one came. */
 KERNEL(conformance_messages, ConformanceParams, 32, 1) {
   uint32_t* data = flags(p) + 64;
   uint64_t* there = reinterpret_cast<uint64_t*>(flags(p) + 128);
@@ -160,6 +161,27 @@ KERNEL(conformance_messages, ConformanceParams, 32, 1) {
     value = static_cast<uint32_t>(word) * 3 + bid_x();
     if (bid_x() == 1) st_relaxed(to, static_cast<uint64_t>(round) << 32 | value);
     results(p)[kWarp + (round - 1) * 2 + bid_x()] = value;
+  }
+  const v4u* wide_from = reinterpret_cast<const v4u*>(flags(p) + 160) + (bid_x() == 0 ? 1 : 0);
+  v4u* wide_to = reinterpret_cast<v4u*>(flags(p) + 160) + (bid_x() == 0 ? 0 : 1);
+  for (uint32_t round = 1; round <= 16; round++) {
+    if (bid_x() == 0) st_relaxed_v4(wide_to, v4u{round, value, ~value, value + round});
+    v4u word = {0, 0, 0, 0};
+    while ((word = poll_relaxed_v4(wide_from)).x != round) {
+    }
+    value = word.y * 3 + (~word.z ^ word.y) + (word.w - word.y - round) + bid_x();
+    if (bid_x() == 1) st_relaxed_v4(wide_to, v4u{round, value, ~value, value + round});
+    results(p)[2 * kWarp + (round - 1) * 2 + bid_x()] = value;
+  }
+  v4u* over = reinterpret_cast<v4u*>(flags(p) + 192);
+  if (bid_x() == 0) {
+    for (uint32_t i = 1; i <= 4096; i++) st_relaxed_v4(over, v4u{i, i, i, i});
+  } else {
+    uint32_t torn = 0;
+    v4u word = {0, 0, 0, 0};
+    while ((word = poll_relaxed_v4(over)).x != 4096) torn += word.y != word.x || word.z != word.x || word.w != word.x;
+    results(p)[3 * kWarp] = torn + (word.y != 4096 || word.z != 4096 || word.w != 4096);
+    results(p)[3 * kWarp + 1] = word.x;
   }
 }
 

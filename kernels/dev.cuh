@@ -5,7 +5,8 @@
 // emulated device (kernels/emulator), which checks what a GPU leaves unchecked.
 //
 // Rules that keep both sides true:
-//  - Spinning goes through ld_acquire, poll_relaxed or mbar_wait: a bare `while (*flag)` never ends on one core.
+//  - Spinning goes through ld_acquire, poll_relaxed, poll_relaxed_v4 or mbar_wait: a bare `while (*flag)` never ends on
+//    one core.
 //  - ld_nc_* and load_vec only for data that nobody writes while the launch lives: weights. A dependent launch begins
 //    while its predecessors still write. ld_cg_* for what another block or an earlier launch wrote. Weights that are to be
 //    on their way before griddep_wait: ld_stream_v4, cp_async16, bulk_g2s or prefetch_l2 (tests/fast_kernels.rs looks).
@@ -182,6 +183,22 @@ DEV uint64_t poll_relaxed(const uint64_t* p) {
 DEV void st_relaxed(uint64_t* p, uint64_t v) {
   asm volatile("st.relaxed.gpu.global.u64 [%0], %1;" ::"l"(p), "l"(v) : "memory");
 }
+// The same of 128 bits in one piece: a b128 is one scalar, where a vector of four words would be four.
+DEV v4u poll_relaxed_v4(const v4u* p) {
+  uint64_t lo, hi;
+  asm volatile("{\n .reg .b128 both;\n ld.relaxed.gpu.global.b128 both, [%2];\n mov.b128 {%0, %1}, both;\n}"
+               : "=l"(lo), "=l"(hi)
+               : "l"(p)
+               : "memory");
+  return v4u{static_cast<uint32_t>(lo), static_cast<uint32_t>(lo >> 32), static_cast<uint32_t>(hi),
+             static_cast<uint32_t>(hi >> 32)};
+}
+DEV void st_relaxed_v4(v4u* p, v4u v) {
+  const uint64_t lo = static_cast<uint64_t>(v.y) << 32 | v.x, hi = static_cast<uint64_t>(v.w) << 32 | v.z;
+  asm volatile("{\n .reg .b128 both;\n mov.b128 both, {%1, %2};\n st.relaxed.gpu.global.b128 [%0], both;\n}" ::"l"(p),
+               "l"(lo), "l"(hi)
+               : "memory");
+}
 
 // ---- asynchronous copies into shared memory ----
 DEV uint32_t smem_u32(const void* p) { return static_cast<uint32_t>(__cvta_generic_to_shared(p)); }
@@ -342,11 +359,17 @@ DEV float warp_sum(float v) {
   for (int o = W / 2; o; o >>= 1) v += shfl_xor(v, o);
   return v;
 }
-// N independent sums over the warp.
+// N independent sums over the warp: their shuffles go side by side.
 template <int N>
 DEV void warp_sum_all(float (&v)[N]) {
 #pragma unroll
-  for (int i = 0; i < N; i++) v[i] = warp_sum(v[i]);
+  for (int o = 16; o; o >>= 1) {
+    float other[N];
+#pragma unroll
+    for (int i = 0; i < N; i++) other[i] = shfl_xor(v[i], o);
+#pragma unroll
+    for (int i = 0; i < N; i++) v[i] += other[i];
+  }
 }
 template <int W = 32>
 DEV float warp_max(float v) {

@@ -148,7 +148,9 @@ DEV void flow_chain(const FlowChainParams& p) {
       run_phase<E>(p, sh, phase_at<E>(p, n, i));
       if (evaluates) grid_sync(ptr<GridBarrier>(p.barrier));
     }
-    if (evaluates) step_solver(p, sh.x, all, n, token, draws, velocity);
+    if (evaluates)
+      step_solver(p, sh.x, all, n, guidance_of(p, token), ptr<const SolverStep>(p.steps_table)[n], velocity,
+                  [&](uint32_t i) { return draw_of(p, all, n, draws, i); });
   }
 }
 

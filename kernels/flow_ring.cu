@@ -7,50 +7,57 @@
  * rows of every matrix: bound by the bytes (38 us at 3 TB/s) as long as 26 exchanges of about 0.8 us hide behind them.
  *
  *   warp 8 (producer):  gmem w -- bulk copies --> smem ring of segments [16 rows][512] E, and those that stay --+
- *   warps 0-7:          smem h -- norm --> smem u [S][F] E --> reg B --------------------------------> mma <----+
- *                       reg sums --> smem partial [8 warps] --> sum --> gmem words --> every block: smem h, a, v
+ *   warps 0-7:          smem h -- norm --> smem u [S][F] E --> reg B ----------------------> mma <-- reg A <--+
+ *                       reg sums --> smem partial [8 warps] --+
+ *   warp 9 (sender):    bias, gate, silu <--------------------+ --> gmem words --> every block: smem h, a, v
  *
  * The producer knows all addresses ahead and waits for nothing but room: it runs a ring ahead of the exchanges. The
  * first `resident` segments of an evaluation stay in shared memory for the kernel's life.
  *
- * Exchange: a 64-bit word carries its value and an epoch, so that a plain relaxed store publishes it and a polled load
- * takes it, without fence or flag. Three buffers in turn: who writes exchange i + 3 has read i + 2, whose words come
- * from blocks that had read i + 1 and so had done with i; a block without rows of a product (at most every other
- * exchange has such) can be one further behind. h goes as float; a and v_raw, which are E, two sequences to a word.
+ * Exchange: a 128-bit word carries an epoch and three values, so that a plain relaxed store publishes it and a polled
+ * load takes it, without fence or flag. Three buffers in turn: who writes exchange i + 3 has read i + 2, whose words
+ * come from blocks that had read i + 1 and so had done with i; a block without rows of a product (at most every other
+ * exchange has such) can be one further behind. h goes as float, three rows of a sequence to a word; a and v_raw,
+ * which are E, three rows of two sequences. Every block takes every word, 16 and 8 KB for two sequences: each look at
+ * all of them is L2 traffic like a third of the weights, so that bytes count here too.
  * Epochs go on from launch to launch, modulo 2^32 - 1 and never 0. Who waits longer than spin_limit looks reports the
  * token in GenerationState.stalled and waits no more: the launch ends with a useless token instead of hanging.
+ *
+ * What a block does between two exchanges is latency, 26 times per evaluation. Hence a warp of its own that sums and
+ * sends, while the consumers take the next product's weights into registers; loads and shuffles of two sequences go
+ * side by side; and nothing divides.
  *
  * A sum is made of eight shares of k, one per warp, of 32 in every 256: its order follows from the width alone.
  */
 #include "flow_solver.cuh"
 
 static constexpr uint32_t kConsumers = 32 * kWarps;
-static constexpr uint32_t kThreads = kConsumers + 32;
-static constexpr uint32_t kColumns = 8;    /* sequences of a pass: columns of an mma */
-static constexpr uint32_t kTile = 16;      /* rows of an mma */
-static constexpr uint32_t kSegment = 512;  /* k of a segment */
-static constexpr uint32_t kStep = 32;      /* k of a lane quartet's 16-byte loads */
-static constexpr uint32_t kMaxStages = 16, kMaxResident = 32;
-static constexpr uint32_t kPolls = 8;      /* words that a thread has in flight */
+static constexpr uint32_t kThreads = kConsumers + 64; /* and one warp that copies, one that sends */
+static constexpr uint32_t kColumns = 8;   /* sequences of a pass: columns of an mma */
+static constexpr uint32_t kTile = 16;     /* rows of an mma */
+static constexpr uint32_t kSegment = 512; /* k of a segment */
+static constexpr uint32_t kPitch = 2 * kSegment + 64; /* bytes between its rows: eight lanes' loads meet all banks */
+static constexpr uint32_t kStep = 32;  /* k of a lane quartet's 16-byte loads */
+static constexpr uint32_t kAhead = 3;  /* segments of a tile that registers hold ahead: all of 1536 */
+static constexpr uint32_t kTriple = 3; /* rows of a word */
+static constexpr uint32_t kTileWords = (kTile + kTriple - 1) / kTriple;
+static constexpr uint32_t kPolls = 2; /* words of each of two sequences or pairs that a thread has in flight */
+static constexpr uint32_t kPairs = 3; /* neighbours of a row that a thread norms at once: all of 1536 */
 static constexpr uint32_t kEpochs = 0xffffffffu;
 
 /* Bytes between rows of n elements: 64 beyond a multiple of 128, so that eight lanes' 16-byte loads meet all banks. */
 DEV uint32_t row_bytes(uint32_t n) { return 2 * n + (n % 64 == 0 ? 64 : 0); }
 DEV uint32_t up16(uint32_t bytes) { return (bytes + 15) / 16 * 16; }
-
-/* Shared memory of a block. ops/flow_chain/ring.rs lays it out the same way. */
-struct Memory {
-  float* x;      /* [B, K] of the pass */
-  float* v;      /* [S, K] */
-  float* h;      /* [S, F] */
-  bf16* vectors; /* [S, 2 F] shift, scale of the norm ahead, then [2 F] its gain and offset */
-  bf16* staged;  /* [S] rows of u or a */
-  bf16* w_in;    /* [rows_width, K] */
-  uint8_t* slots;
-  float* partial; /* [2, kWarps, kTile, kColumns] */
-  float* stats;   /* [kColumns, kWarps, 2] mean and sum of squared distances */
-  uint64_t *full, *empty;
-};
+/* Elements that a row of n takes in an mma's steps: zeros follow the last. */
+DEV uint32_t up_step(uint32_t n) { return (n + kStep - 1) / kStep * kStep; }
+/* Bytes of a staged row: the longest of those that a product takes. */
+DEV uint32_t staged_bytes(const FlowChainParams& p) {
+  const uint32_t wide = p.width > p.mlp_width ? p.width : p.mlp_width, token = up_step(p.token_dim);
+  return row_bytes(wide > token ? wide : token);
+}
+DEV v2u ld_v2(const void* p) { return *static_cast<const v2u*>(p); }
+/* x * sigmoid(x), by approximations good to some units of the last place of a float: it is rounded to E. */
+DEV float fast_silu(float x) { return fast_div(x, 1.0f + fast_exp(-x)); }
 
 /* A block's rows of a product. */
 struct Share {
@@ -61,22 +68,52 @@ DEV Share share(uint32_t rows, uint32_t per_block) {
   return {first, umin(per_block, rows - first)};
 }
 
-struct Product {
-  const bf16 *w, *bias;
-  uint32_t inner;
-  Share rows;
+/* Words for r rows of a block: a tile's rows in threes. */
+DEV uint32_t words_of(uint32_t r) { return r / kTile * kTileWords + (r % kTile + kTriple - 1) / kTriple; }
+/* Where the rows of a product are in words: those of the blocks in turn, all of them once per sequence or pair. */
+struct Words {
+  uint32_t of_block, of_all;
+  bool whole;     /* every word has three rows */
+  uint32_t* rows; /* [of_all] in shared memory: of each word its first row, and how many above bit 24 */
 };
-/* Product i of an evaluation: mlp.0 and mlp.2 of every block, then the final layer. */
-DEV Product product_at(const FlowChainParams& p, uint32_t i) {
-  const size_t m = i / 2, matrix = static_cast<size_t>(p.width) * p.mlp_width;
-  if (m == p.blocks)
-    return {ptr<const bf16>(p.w_out), ptr<const bf16>(p.b_out), p.width, share(p.token_dim, p.rows_token)};
-  if (i % 2 == 0)
-    return {ptr<const bf16>(p.w0) + m * matrix, ptr<const bf16>(p.b0) + m * p.mlp_width, p.width,
-            share(p.mlp_width, p.rows_mlp)};
-  return {ptr<const bf16>(p.w2) + m * matrix, ptr<const bf16>(p.b2) + m * p.width, p.mlp_width,
-          share(p.width, p.rows_width)};
+DEV Words words_for(uint32_t rows, uint32_t per_block, uint32_t*& next) {
+  const uint32_t of_block = words_of(per_block), of_all = rows / per_block * of_block + words_of(rows % per_block);
+  const bool whole = rows % per_block == 0 && per_block % kTriple == 0 && per_block < kTile;
+  const Words w = {of_block, of_all, whole, next};
+  next += of_all;
+  return w;
 }
+/* Word i of a tile of this block, of the group'th sequence or pair. */
+DEV uint32_t word_at(const Words& w, uint32_t group, uint32_t tile, uint32_t i) {
+  return group * w.of_all + bid_x() * w.of_block + tile * kTileWords + i;
+}
+/* Fills in `rows`: whole blocks, whose barrier follows. */
+DEV void list_rows(const Words& w, uint32_t rows, uint32_t per_block) {
+  for (uint32_t i = tid_x(); i < w.of_all; i += kThreads) {
+    const uint32_t local = i % w.of_block, tile = local / kTileWords;
+    const uint32_t first = tile * kTile + local % kTileWords * kTriple, row = i / w.of_block * per_block + first;
+    const uint32_t end = umin(rows - row, umin(per_block, (tile + 1) * kTile) - first);
+    w.rows[i] = umin(kTriple, end) << 24 | row;
+  }
+}
+
+/* Shared memory of a block. ops/flow_chain/ring.rs lays it out the same way. */
+struct Memory {
+  float* x;      /* [B, K] of the pass */
+  float* draw;   /* [B, K] of the solver step ahead */
+  float* v;      /* [S, K] */
+  float* h;      /* [S, F] */
+  bf16* vectors; /* [S, 2 F] shift, scale of the norm ahead, then [2 F] its gain and offset */
+  bf16* staged;  /* [S] rows of u or a, or [B] of E(x) */
+  bf16* w_in;    /* [rows_width] rows of row_bytes(up_step(K)), zeros behind the last */
+  uint8_t* slots;
+  float* partial; /* [2, kWarps, kTile, kColumns] */
+  float* stats;   /* [kColumns, kWarps, 2] sums of distances and of their squares */
+  uint64_t *full, *empty;                 /* of the slots, of the ring's stages */
+  uint64_t *vectors_full, *vectors_empty; /* of `vectors` */
+  uint64_t *partial_full, *partial_empty; /* [2] of the halves of `partial` */
+  Words of_width, of_mlp, of_token;
+};
 
 /* Images of a pass, and its sequences: local sequence r * count + b is sequence r * B + first + b. */
 struct Pass {
@@ -85,6 +122,37 @@ struct Pass {
 };
 DEV uint32_t sequence_of(const FlowChainParams& p, const Pass& pass, uint32_t local) {
   return local / pass.images.count * p.images + pass.images.first + local % pass.images.count;
+}
+/* The pass that begins with image `first`. */
+DEV Pass pass_at(const FlowChainParams& p, uint32_t first) {
+  const uint32_t count = umin(p.images_at_once, p.images - first);
+  return {{first, count}, count * p.branches};
+}
+
+/* Product i of an evaluation: mlp.0 and mlp.2 of every block, then the final layer. */
+struct Sizes {
+  uint32_t inner;
+  Share rows; /* this block's */
+};
+DEV Sizes sizes_at(const FlowChainParams& p, uint32_t i) {
+  if (i == 2 * p.blocks) return {p.width, share(p.token_dim, p.rows_token)};
+  if (i % 2 == 0) return {p.width, share(p.mlp_width, p.rows_mlp)};
+  return {p.mlp_width, share(p.width, p.rows_width)};
+}
+struct Product {
+  const bf16 *w, *bias;
+  const bf16* gate; /* of sequence 0, the next one mod_width further on; mlp.2's only */
+  Sizes sizes;
+};
+/* The same of evaluation n. */
+DEV Product product_at(const FlowChainParams& p, uint32_t n, uint32_t i) {
+  const size_t m = i / 2, matrix = static_cast<size_t>(p.width) * p.mlp_width;
+  const Sizes sizes = sizes_at(p, i);
+  if (m == p.blocks) return {ptr<const bf16>(p.w_out), ptr<const bf16>(p.b_out), nullptr, sizes};
+  if (i % 2 == 0) return {ptr<const bf16>(p.w0) + m * matrix, ptr<const bf16>(p.b0) + m * p.mlp_width, nullptr, sizes};
+  const size_t evaluation = static_cast<size_t>(n) * sequences(p) * mod_width(p);
+  const bf16* gate = ptr<const bf16>(p.mod) + evaluation + (3 * m + 2) * p.width;
+  return {ptr<const bf16>(p.w2) + m * matrix, ptr<const bf16>(p.b2) + m * p.width, gate, sizes};
 }
 
 /* Where producer and consumers are in the stream of segments. */
@@ -101,28 +169,49 @@ DEV uint32_t slot_of(const FlowChainParams& p, const Cursor& at) {
   return stays(p, at) ? at.segment : p.resident + at.stage;
 }
 
+/* Starts copying what norm j of evaluation n needs beside h. */
+DEV void produce_vectors(const FlowChainParams& p, const Memory& sh, const Pass& pass, uint32_t n, uint32_t j,
+                         uint32_t& parity) {
+  const size_t width = p.width;
+  const bool affine = j < p.blocks;
+  mbar_wait(sh.vectors_empty, parity ^= 1);
+  if (lane_id() == 0) mbar_arrive_tx(sh.vectors_full, (pass.count + (affine ? 1 : 0)) * 4 * p.width);
+  bf16* to = sh.vectors + lane_id() * 2 * width;
+  if (lane_id() < pass.count) {
+    const size_t row = static_cast<size_t>(n) * sequences(p) + sequence_of(p, pass, lane_id());
+    bulk_g2s(to, ptr<const bf16>(p.mod) + row * mod_width(p) + 3 * j * width, 4 * p.width, sh.vectors_full);
+  } else if (lane_id() == pass.count && affine) {
+    bulk_g2s(to, ptr<const bf16>(p.ln_w) + j * width, 2 * p.width, sh.vectors_full);
+    bulk_g2s(to + width, ptr<const bf16>(p.ln_b) + j * width, 2 * p.width, sh.vectors_full);
+  }
+}
+
 DEV void produce(const FlowChainParams& p, const Memory& sh) {
   const uint32_t passes = (p.images + p.images_at_once - 1) / p.images_at_once;
   const uint64_t passing = l2_evict_first(), pinned = l2_evict_last();
   Cursor at = {0, 0, 0};
+  uint32_t vectors = 0;
   for (uint32_t e = 0; e < passes * p.steps; e++) {
+    const Pass pass = pass_at(p, e / p.steps * p.images_at_once);
+    const uint32_t n = e % p.steps;
     at.segment = 0;
     for (uint32_t i = 0; i < 2 * p.blocks + 1; i++) {
-      const Product m = product_at(p, i);
-      for (uint32_t tile = 0; tile < m.rows.count; tile += kTile) {
-        const uint32_t rows = umin(kTile, m.rows.count - tile);
-        for (uint32_t k = 0; k < m.inner; k += kSegment, advance(p, at)) {
-          const uint32_t n = umin(kSegment, m.inner - k), slot = slot_of(p, at);
+      if (i % 2 == 0) produce_vectors(p, sh, pass, n, i / 2, vectors);
+      const Product m = product_at(p, n, i);
+      for (uint32_t tile = 0; tile < m.sizes.rows.count; tile += kTile) {
+        const uint32_t rows = umin(kTile, m.sizes.rows.count - tile);
+        for (uint32_t k = 0; k < m.sizes.inner; k += kSegment, advance(p, at)) {
+          const uint32_t length = umin(kSegment, m.sizes.inner - k), slot = slot_of(p, at);
           if (stays(p, at)) {
             if (e != 0) continue;
           } else {
             mbar_wait(&sh.empty[at.stage], at.parity ^ 1);
           }
           /* Bytes may land before they are expected: without this one arrival the phase cannot end. */
-          if (lane_id() == 0) mbar_arrive_tx(&sh.full[slot], rows * n * 2);
+          if (lane_id() == 0) mbar_arrive_tx(&sh.full[slot], rows * length * 2);
+          const size_t row = m.sizes.rows.first + tile + lane_id();
           if (lane_id() < rows)
-            bulk_g2s_hint(sh.slots + slot * p.stage_bytes + lane_id() * row_bytes(n),
-                          m.w + static_cast<size_t>(m.rows.first + tile + lane_id()) * m.inner + k, n * 2,
+            bulk_g2s_hint(sh.slots + slot * p.stage_bytes + lane_id() * kPitch, m.w + row * m.sizes.inner + k, length * 2,
                           &sh.full[slot], at.segment < p.resident + p.pinned ? pinned : passing);
         }
       }
@@ -134,204 +223,469 @@ DEV void consumers_sync() { bar_sync(1, kConsumers); }
 
 /* The words between the blocks. */
 struct Exchange {
-  uint64_t* words; /* of the buffer in use */
-  uint64_t made;   /* before this launch */
-  uint32_t index, buffer;
-  bool waits; /* false once this thread has waited in vain */
+  v4u* words;     /* of the buffer in use */
+  uint32_t epoch; /* of this exchange */
+  bool waits;     /* false once this thread has waited in vain */
 };
-DEV uint32_t epoch(const Exchange& x) {
-  const uint64_t e = x.made + x.index;
-  return static_cast<uint32_t>(e >= kEpochs ? e - kEpochs : e) + 1;
-}
 DEV void next_exchange(const FlowChainParams& p, Exchange& x) {
-  x.index++;
-  x.buffer = x.buffer == 2 ? 0 : x.buffer + 1;
-  x.words = ptr<uint64_t>(p.exchange + sizeof(FlowExchange)) + static_cast<size_t>(x.buffer) * p.exchange_words;
+  x.epoch = x.epoch == kEpochs ? 1 : x.epoch + 1;
+  v4u* first = ptr<v4u>(p.exchange + sizeof(FlowExchange));
+  x.words = x.words == first + 2 * static_cast<size_t>(p.exchange_words) ? first : x.words + p.exchange_words;
 }
-DEV void send(const Exchange& x, uint32_t word, uint32_t value) {
-  st_relaxed(x.words + word, static_cast<uint64_t>(epoch(x)) << 32 | value);
-}
-/* take(i, value) for words first + i, i below n, of all blocks: this thread's share, tid + 256 j. Whole warps. */
+/* take(group, row, rows, word) for the words of all blocks, `groups` times `words`; on to the next exchange. All
+ * consumers call it; what they took is there for all when it returns. */
 template <class Take>
-DEV void receive(const FlowChainParams& p, Exchange& x, uint32_t first, uint32_t n, Take take) {
-  const uint32_t wanted = epoch(x);
-  for (uint32_t base = tid_x(); base < n; base += kConsumers * kPolls) {
-    uint64_t word[kPolls];
-    bool missing = true;
+DEV void receive(const FlowChainParams& p, Exchange& x, const Words& words, uint32_t groups, Take take) {
+  const uint32_t wanted = x.epoch;
+  for (uint32_t first = 0; first < words.of_all; first += kConsumers * kPolls) {
+    const uint32_t base = first + tid_x();
+    uint32_t rows[kPolls];
 #pragma unroll
-    for (uint32_t j = 0; j < kPolls; j++) word[j] = 0;
-    for (uint32_t looks = 0; missing && x.waits; looks++) {
-      missing = false;
+    for (uint32_t j = 0; j < kPolls; j++)
+      rows[j] = base + j * kConsumers < words.of_all ? words.rows[base + j * kConsumers] : 0;
+    for (uint32_t g = 0; g < groups; g += 2) {
+      v4u word[kPolls][2];
+      bool missing = true;
 #pragma unroll
-      for (uint32_t j = 0; j < kPolls; j++) {
-        const uint32_t i = base + j * kConsumers;
-        if (i < n && word[j] >> 32 != wanted) word[j] = poll_relaxed(x.words + first + i);
+      for (uint32_t j = 0; j < kPolls; j++) word[j][0] = word[j][1] = v4u{0, 0, 0, 0};
+      const v4u* from = x.words + g * words.of_all + base;
+      for (uint32_t looks = 0; missing && x.waits; looks++) {
+        missing = false;
+#pragma unroll
+        for (uint32_t j = 0; j < kPolls; j++)
+#pragma unroll
+          for (uint32_t r = 0; r < 2; r++)
+            if (rows[j] != 0 && g + r < groups && word[j][r].x != wanted)
+              word[j][r] = poll_relaxed_v4(from + r * words.of_all + j * kConsumers);
+#pragma unroll
+        for (uint32_t j = 0; j < kPolls; j++)
+#pragma unroll
+          for (uint32_t r = 0; r < 2; r++)
+            if (rows[j] != 0 && g + r < groups && word[j][r].x != wanted) missing = true;
+        if (missing && looks >= p.spin_limit) {
+          GenerationState* state = ptr<GenerationState>(p.state);
+          atom_max_relaxed(&state->stalled, 1 + state->token);
+          x.waits = false;
+        }
       }
 #pragma unroll
       for (uint32_t j = 0; j < kPolls; j++)
-        if (base + j * kConsumers < n && word[j] >> 32 != wanted) missing = true;
-      if (missing && looks >= p.spin_limit) {
-        GenerationState* state = ptr<GenerationState>(p.state);
-        atom_max_relaxed(&state->stalled, 1 + state->token);
-        x.waits = false;
-      }
-    }
 #pragma unroll
-    for (uint32_t j = 0; j < kPolls; j++)
-      if (base + j * kConsumers < n) take(base + j * kConsumers, static_cast<uint32_t>(word[j]));
+        for (uint32_t r = 0; r < 2; r++)
+          if (rows[j] == 0 || g + r >= groups)
+            continue;
+          else if (words.whole)
+            take(g + r, rows[j] & 0xffffff, kTriple, word[j][r]);
+          else
+            take(g + r, rows[j] & 0xffffff, rows[j] >> 24, word[j][r]);
+    }
   }
-  /* The lanes have looked for different times, and a product reads what its own warp has received. */
-  warp_sync();
+  next_exchange(p, x);
+  consumers_sync();
 }
-/* The same for n values of every sequence, two to a word. */
+/* Stores up to three rows of floats of one sequence. */
+DEV void take_floats(float* to, uint32_t rows, const v4u& word) {
+  to[0] = as_f32(word.y);
+  if (rows > 1) to[1] = as_f32(word.z);
+  if (rows > 2) to[2] = as_f32(word.w);
+}
+/* take(row of the word, first or second sequence, value) for up to three rows of a pair. */
 template <class Take>
-DEV void receive_pairs(const FlowChainParams& p, Exchange& x, const Pass& pass, uint32_t n, Take take) {
-  for (uint32_t s = 0; s < pass.count; s += 2)
-    receive(p, x, s / 2 * n, n, [&](uint32_t i, uint32_t value) {
-      take(s, i, bf16{static_cast<uint16_t>(value)});
-      if (s + 1 < pass.count) take(s + 1, i, bf16{static_cast<uint16_t>(value >> 16)});
-    });
-}
-
-/* Starts copying what norm j of evaluation n needs beside h. */
-DEV void fetch_vectors(const FlowChainParams& p, const Memory& sh, const Pass& pass, uint32_t n, uint32_t j) {
-  const uint32_t row = p.width / 4; /* 16-byte pieces of two vectors */
-  const bool affine = j < p.blocks;
-  const size_t at = 3 * static_cast<size_t>(j) * p.width;
-  for (uint32_t i = tid_x(); i < (pass.count + (affine ? 1 : 0)) * row; i += kConsumers) {
-    const uint32_t s = i / row, k = i % row * 8;
-    const bf16* from;
-    if (s < pass.count)
-      from = ptr<const bf16>(p.mod) + (static_cast<size_t>(n) * sequences(p) + sequence_of(p, pass, s)) * mod_width(p) +
-             at + k;
-    else
-      from = (k < p.width ? ptr<const bf16>(p.ln_w) + k : ptr<const bf16>(p.ln_b) + (k - p.width)) +
-             static_cast<size_t>(j) * p.width;
-    cp_async16(sh.vectors + s * 2 * p.width + k, from);
-  }
-  cp_async_commit();
-}
-
-/* staged = E(LN(h; gain, offset) * (1 + scale) + shift). A thread goes through elements tid + 256 i of every row, which
- * are those that it has received. Means of threads, then of warps, are combined as in Chan's update, so that an offset
- * that a row's values share does not eat their variance. */
-DEV void stage_normed(const FlowChainParams& p, const Memory& sh, const Pass& pass, bool affine, uint32_t stride) {
-  const uint32_t width = p.width, tid = tid_x();
-  const float mine = static_cast<float>(tid < width ? (width - tid + kConsumers - 1) / kConsumers : 0);
-  const auto of_warp = [&](uint32_t w) {
-    const uint32_t rest = width % kConsumers;
-    return static_cast<float>(width / kConsumers * 32 + (rest > 32 * w ? umin(32, rest - 32 * w) : 0));
-  };
-#pragma unroll 2
-  for (uint32_t s = 0; s < pass.count; s++) {
-    const float* row = sh.h + s * width;
-    const float first = tid < width ? row[tid] : 0.0f;
-    float sum = 0.0f, square = 0.0f;
-    for (uint32_t k = tid; k < width; k += kConsumers) {
-      const float d = row[k] - first;
-      sum += d;
-      square = f_fma(d, d, square);
-    }
-    const float mean = warp_sum(f_fma(mine, first, sum)) / f_max(of_warp(warp_id()), 1.0f);
-    const float local = sum / f_max(mine, 1.0f), distance = first + local - mean;
-    const float within = f_max(f_fma(-sum, local, square), 0.0f);
-    const float squares = warp_sum(f_fma(mine * distance, distance, within));
-    if (lane_id() == 0) {
-      sh.stats[(s * kWarps + warp_id()) * 2] = mean;
-      sh.stats[(s * kWarps + warp_id()) * 2 + 1] = squares;
-    }
-  }
-  cp_async_wait<0>();
-  consumers_sync();
-  const bf16* gain = sh.vectors + pass.count * 2 * width;
-  for (uint32_t s = 0; s < pass.count; s++) {
-    const float *in = sh.stats + s * kWarps * 2, *row = sh.h + s * width;
-    const float all = static_cast<float>(width);
-    float mean = 0.0f, squares = 0.0f;
-    for (uint32_t w = 0; w < kWarps; w++) mean = f_fma(of_warp(w) / all, in[w * 2], mean);
-    for (uint32_t w = 0; w < kWarps; w++) {
-      const float distance = in[w * 2] - mean;
-      squares += f_fma(of_warp(w) * distance, distance, in[w * 2 + 1]);
-    }
-    const float inv = 1.0f / f_sqrt(squares / all + kNormEps);
-    const bf16* shift = sh.vectors + s * 2 * width;
-    for (uint32_t k = tid; k < width; k += kConsumers) {
-      float u = (row[k] - mean) * inv;
-      if (affine) u = f_fma(u, to_f32(gain[k]), to_f32(gain[width + k]));
-      sh.staged[s * stride + k] = to_bf16(f_fma(u, 1.0f + to_f32(shift[width + k]), to_f32(shift[k])));
-    }
-  }
-  consumers_sync();
-}
-
-struct Held {
-  float bias, gate, h;
-};
-/* This block's rows of a product with the staged columns. held = prefetch(row, sequence) is under way while the sums
- * run; then emit(whether there is such an output, row, sequence, sum + bias, held) by warps 0 to 3, whole. */
-template <class Prefetch, class Emit>
-DEV void product(const FlowChainParams& p, const Memory& sh, Cursor& at, uint32_t& half, const Product& m,
-                 const Pass& pass, uint32_t stride, Prefetch prefetch, Emit emit) {
-  const uint32_t g = lane_id() / 4, t = lane_id() % 4;
-  /* Columns and rows beyond the last repeat it; their sums are dropped. */
-  const bf16* column = sh.staged + umin(g, pass.count - 1) * stride + 8 * t;
-  for (uint32_t tile = 0; tile < m.rows.count; tile += kTile) {
-    const uint32_t rows = umin(kTile, m.rows.count - tile);
-    const uint32_t row = m.rows.first + tile + tid_x() / kColumns, s = tid_x() % kColumns;
-    const bool exists = tid_x() / kColumns < rows && s < pass.count;
-    Held held = {0.0f, 0.0f, 0.0f};
-    if (exists) held = prefetch(row, s);
-    float even[4] = {}, odd[4] = {};
-    for (uint32_t k = 0; k < m.inner; k += kSegment, advance(p, at)) {
-      const uint32_t n = umin(kSegment, m.inner - k), slot = slot_of(p, at), pitch = row_bytes(n);
-      mbar_wait(&sh.full[slot], stays(p, at) ? 0 : at.parity);
-      /* Lanes may leave the spin apart, and the multiplications need them together. */
-      warp_sync();
-      const uint8_t* w = sh.slots + slot * p.stage_bytes + 16 * t;
-      const uint8_t *w0 = w + umin(g, rows - 1) * pitch, *w1 = w + umin(g + 8, rows - 1) * pitch;
-#pragma unroll 2
-      for (uint32_t i = warp_id() * kStep; i < n; i += kWarps * kStep) {
-        const v4u a = ld_v4(w0 + 2 * i), b = ld_v4(w1 + 2 * i), c = ld_v4(column + k + i);
-        const uint32_t a0[4] = {a.x, b.x, a.y, b.y}, a1[4] = {a.z, b.z, a.w, b.w};
-        const uint32_t c0[2] = {c.x, c.y}, c1[2] = {c.z, c.w};
-        mma_bf16_16816(even, a0, c0);
-        mma_bf16_16816(odd, a1, c1);
-      }
-      if (!stays(p, at)) {
-        warp_sync();
-        if (lane_id() == 0) mbar_arrive(&sh.empty[at.stage]);
-      }
-    }
-    float* partial = sh.partial + half * kWarps * kTile * kColumns;
-    half ^= 1;
+DEV void take_pairs(uint32_t rows, bool second, const v4u& word, Take take) {
+  const uint32_t value[kTriple] = {word.y, word.z, word.w};
 #pragma unroll
-    for (uint32_t i = 0; i < 4; i++)
-      partial[warp_id() * kTile * kColumns + (g + i / 2 * 8) * kColumns + 2 * t + i % 2] = even[i] + odd[i];
-    consumers_sync();
-    if (tid_x() >= kTile * kColumns) continue;
-    float sum = partial[tid_x()];
-    for (uint32_t w = 1; w < kWarps; w++) sum += partial[w * kTile * kColumns + tid_x()];
-    emit(exists, row, s, sum + held.bias, held);
+  for (uint32_t e = 0; e < kTriple; e++) {
+    if (e >= rows) continue;
+    take(e, 0, bf16{static_cast<uint16_t>(value[e])});
+    if (second) take(e, 1, bf16{static_cast<uint16_t>(value[e] >> 16)});
   }
 }
 
-/* Sends E(value) of two neighbouring sequences as one word; whole warps, sequences in neighbouring lanes. */
-DEV void send_pair(const Exchange& x, bool exists, uint32_t rows, uint32_t row, uint32_t s, float value) {
-  const float mine = exists ? value : 0.0f, other = shfl_xor(mine, 1);
-  if (exists && s % 2 == 0) send(x, s / 2 * rows + row, pack_bf16(mine, other));
+/* Sums over one or two rows of h: distances from the row's first value and their squares. That value is one of the
+ * row's, and so at most sqrt(F) deviations from the mean: the variance keeps all but log2(F) of a float's 24 bits,
+ * whatever offset the values share. */
+struct Moments {
+  float sum, square;
+};
+DEV void row_moments(const float* row, uint32_t width, uint32_t other, Moments (&m)[2]) {
+  const float pivot[2] = {row[0], row[other]};
+  m[0] = m[1] = Moments{0.0f, 0.0f};
+  for (uint32_t k0 = 2 * tid_x(); k0 < width; k0 += 2 * kConsumers * kPairs) {
+    v2u pair[kPairs][2];
+#pragma unroll
+    for (uint32_t j = 0; j < kPairs; j++) {
+      const uint32_t k = k0 + j * 2 * kConsumers;
+#pragma unroll
+      for (uint32_t r = 0; r < 2; r++)
+        pair[j][r] = k < width ? ld_v2(row + r * other + k) : v2u{as_u32(pivot[r]), as_u32(pivot[r])};
+    }
+#pragma unroll
+    for (uint32_t j = 0; j < kPairs; j++)
+#pragma unroll
+      for (uint32_t r = 0; r < 2; r++) {
+        const float a = as_f32(pair[j][r].x) - pivot[r], b = as_f32(pair[j][r].y) - pivot[r];
+        m[r].sum += a + b;
+        m[r].square = f_fma(b, b, f_fma(a, a, m[r].square));
+      }
+  }
+}
+struct RowNorm {
+  float mean, inverse; /* 1 / deviation */
+};
+/* Of a row from the moments of the warps. */
+DEV RowNorm row_norm(const float* of_warps, float pivot, float width) {
+  Moments m[kWarps / 2];
+#pragma unroll
+  for (uint32_t w = 0; w < kWarps / 2; w++) {
+    const v4u two = ld_v4(of_warps + 4 * w);
+    m[w] = {as_f32(two.x) + as_f32(two.z), as_f32(two.y) + as_f32(two.w)};
+  }
+  const float share = 1.0f / width, mean = ((m[0].sum + m[1].sum) + (m[2].sum + m[3].sum)) * share;
+  const float square = ((m[0].square + m[1].square) + (m[2].square + m[3].square)) * share;
+  return {pivot + mean, fast_rsqrt(f_max(f_fma(-mean, mean, square), 0.0f) + kNormEps)};
 }
 
-/* h = w_in E(x) + b_in: this block's rows, sent to all. A warp per row; x is the same for all branches of an image. */
-DEV void send_state(const FlowChainParams& p, const Memory& sh, const Exchange& ex, const Pass& pass) {
-  const Share rows = share(p.width, p.rows_width);
-  for (uint32_t i = warp_id(); i < rows.count * pass.images.count; i += kWarps) {
-    const uint32_t b = i / rows.count, r = i % rows.count;
-    float sum = 0.0f;
-    for (uint32_t k = lane_id(); k < p.token_dim; k += 32)
-      sum = f_fma(to_f32(sh.w_in[r * p.token_dim + k]), round_to<bf16>(sh.x[b * p.token_dim + k]), sum);
-    sum = warp_sum(sum);
-    if (lane_id() == 0)
-      send(ex, b * p.width + rows.first + r, as_u32(sum + to_f32(ptr<const bf16>(p.b_in)[rows.first + r])));
+/* staged rows s and, if there is one, s + 1. What lies beyond the width repeats the last two values and is not kept. */
+DEV void norm_rows(const Memory& sh, const Pass& pass, uint32_t width, bool affine, uint32_t stride, uint32_t s) {
+  const uint32_t other = s + 1 < pass.count ? 1 : 0;
+  const float* h = sh.h + s * width;
+  const bf16 *vectors = sh.vectors + s * 2 * width, *gain = sh.vectors + pass.count * 2 * width;
+  bf16* staged = sh.staged + s * stride;
+  const float* moments = sh.stats + s * kWarps * 2;
+  const RowNorm norm[2] = {row_norm(moments, h[0], static_cast<float>(width)),
+                           row_norm(moments + other * kWarps * 2, h[other * width], static_cast<float>(width))};
+  constexpr uint32_t kOnes = 0x3f803f80; /* two of E */
+  const auto load = [](const bf16* from) { return *reinterpret_cast<const uint32_t*>(from); };
+  for (uint32_t k0 = 2 * tid_x(); k0 < width; k0 += 2 * kConsumers * kPairs) {
+    v2u value[kPairs][2];
+    uint32_t shift[kPairs][2], scale[kPairs][2], weight[kPairs], bias[kPairs];
+#pragma unroll
+    for (uint32_t j = 0; j < kPairs; j++) {
+      const uint32_t k = umin(k0 + j * 2 * kConsumers, width - 2);
+#pragma unroll
+      for (uint32_t r = 0; r < 2; r++) {
+        value[j][r] = ld_v2(h + r * other * width + k);
+        shift[j][r] = load(vectors + r * other * 2 * width + k);
+        scale[j][r] = load(vectors + r * other * 2 * width + width + k);
+      }
+      weight[j] = kOnes, bias[j] = 0;
+      if (affine) weight[j] = load(gain + k), bias[j] = load(gain + width + k);
+    }
+#pragma unroll
+    for (uint32_t j = 0; j < kPairs; j++) {
+      const uint32_t k = k0 + j * 2 * kConsumers;
+#pragma unroll
+      for (uint32_t r = 0; r < 2; r++) {
+        float lo = (as_f32(value[j][r].x) - norm[r].mean) * norm[r].inverse;
+        float hi = (as_f32(value[j][r].y) - norm[r].mean) * norm[r].inverse;
+        lo = f_fma(lo, bf_lo(weight[j]), bf_lo(bias[j])), hi = f_fma(hi, bf_hi(weight[j]), bf_hi(bias[j]));
+        lo = f_fma(lo, 1.0f + bf_lo(scale[j][r]), bf_lo(shift[j][r]));
+        hi = f_fma(hi, 1.0f + bf_hi(scale[j][r]), bf_hi(shift[j][r]));
+        if (k < width && r <= other) *reinterpret_cast<uint32_t*>(staged + r * stride + k) = pack_bf16(lo, hi);
+      }
+    }
+  }
+}
+
+/* staged = E(LN(h; gain, offset) * (1 + scale) + shift), there for all consumers when it returns. */
+DEV void stage_normed(const Memory& sh, const Pass& pass, uint32_t width, bool affine, uint32_t stride,
+                      uint32_t& parity) {
+  for (uint32_t s = 0; s < pass.count; s += 2) {
+    const uint32_t other = s + 1 < pass.count ? 1 : 0;
+    Moments m[2];
+    row_moments(sh.h + s * width, width, other * width, m);
+    float sums[4] = {m[0].sum, m[0].square, m[1].sum, m[1].square};
+    warp_sum_all(sums);
+    if (lane_id() == 0) {
+      float* to = sh.stats + (s * kWarps + warp_id()) * 2;
+      to[0] = sums[0], to[1] = sums[1];
+      if (other) to[kWarps * 2] = sums[2], to[kWarps * 2 + 1] = sums[3];
+    }
+  }
+  mbar_wait(sh.vectors_full, parity);
+  parity ^= 1;
+  consumers_sync();
+  for (uint32_t s = 0; s < pass.count; s += 2) norm_rows(sh, pass, width, affine, stride, s);
+  consumers_sync();
+  if (tid_x() == 0) mbar_arrive(sh.vectors_empty);
+}
+
+/* staged = E(x), zeros up to a whole step: elements that this thread has written. */
+DEV void stage_state(const FlowChainParams& p, const Memory& sh, Images at, uint32_t stride) {
+  for (uint32_t b = warp_id(); b < at.count; b += kWarps)
+    for (uint32_t k = lane_id(); k < up_step(p.token_dim); k += 32)
+      sh.staged[b * stride + k] = to_bf16(k < p.token_dim ? sh.x[b * p.token_dim + k] : 0.0f);
+}
+
+/* The output of a tile's product that a lane of the sender sums: a row of two columns. Three lanes make a word. */
+struct Output {
+  uint32_t row;    /* of the tile */
+  uint32_t column; /* the first of two */
+  uint32_t word;   /* of the tile */
+  uint32_t part;   /* of the word */
+  bool exists;     /* the row and the first column */
+  bool begins;     /* the word's first row and the first column */
+  bool second;     /* the other column as well */
+};
+static constexpr uint32_t kGroups = 32 / kTriple; /* words that a warp makes at once */
+/* In round `round` of those that a tile takes. */
+DEV Output output_of(uint32_t rows, uint32_t columns, uint32_t round) {
+  const uint32_t group = round * kGroups + lane_id() / kTriple, part = lane_id() % kTriple;
+  const uint32_t word = group % kTileWords, column = group / kTileWords * 2, row = word * kTriple + part;
+  const bool mine = lane_id() < kGroups * kTriple && column < columns;
+  const bool exists = mine && row < rows, begins = mine && word * kTriple < rows;
+  return {umin(row, kTile - 1), mine ? column : 0, word, part, exists, begins, column + 1 < columns};
+}
+
+/* Sends what three lanes hold: E of two columns each. Whole warps. */
+DEV void send_pairs(const Exchange& x, const Words& words, uint32_t tile, const Output& o, float first,
+                    float second) {
+  const uint32_t mine = o.exists ? pack_bf16(first, o.second ? second : 0.0f) : 0;
+  const uint32_t next = shfl_down(mine, 1), last = shfl_down(mine, 2);
+  if (o.begins && o.part == 0)
+    st_relaxed_v4(x.words + word_at(words, o.column / 2, tile, o.word), v4u{x.epoch, mine, next, last});
+}
+/* The same as floats: a word for each column, of which the second lane sends the other. */
+DEV void send_floats(const Exchange& x, const Words& words, uint32_t tile, const Output& o, float first,
+                     float second) {
+  const float first1 = shfl_down(first, 1), first2 = shfl_down(first, 2);
+  const float second0 = shfl_up(second, 1), second2 = shfl_down(second, 1);
+  if (!o.begins || o.part > (o.second ? 1 : 0)) return;
+  const v4u values = o.part == 0 ? v4u{x.epoch, as_u32(first), as_u32(first1), as_u32(first2)}
+                                 : v4u{x.epoch, as_u32(second0), as_u32(second), as_u32(second2)};
+  st_relaxed_v4(x.words + word_at(words, o.column + o.part, tile, o.word), values);
+}
+
+/* What a lane multiplies of one segment: two steps of this warp's, each two mmas deep. */
+struct Weights {
+  uint32_t a[2][2][4];
+};
+struct Columns {
+  uint32_t b[2][2][2];
+};
+/* Where a lane's weights are in a segment of `rows` rows, the first step's; rows beyond the last repeat it. */
+struct Lane {
+  uint32_t w0, w1; /* bytes */
+};
+DEV Lane lane_of(uint32_t rows, uint32_t pitch) {
+  const uint32_t g = lane_id() / 4, at = 16 * (lane_id() % 4);
+  return {umin(g, rows - 1) * pitch + at, umin(g + 8, rows - 1) * pitch + at};
+}
+/* Where a lane's first column begins: columns beyond the last repeat it, and their sums are dropped. */
+DEV const bf16* first_column(const Memory& sh, uint32_t columns, uint32_t stride) {
+  return sh.staged + umin(lane_id() / 4, columns - 1) * stride + 8 * (lane_id() % 4) + kStep * warp_id();
+}
+/* Of n elements of k. A step beyond them has weights of the segment's first step, numbers whereas what lies behind may
+ * be none, and zeros for columns. */
+DEV void load_weights(Weights& f, const uint8_t* rows, const Lane& lane, uint32_t n) {
+#pragma unroll
+  for (uint32_t j = 0; j < 2; j++) {
+    const uint32_t i = (warp_id() + j * kWarps) * kStep;
+    const uint8_t* from = rows + (i < n ? 2 * i : 0);
+    const v4u lo = ld_v4(from + lane.w0), hi = ld_v4(from + lane.w1);
+    f.a[j][0][0] = lo.x, f.a[j][0][1] = hi.x, f.a[j][0][2] = lo.y, f.a[j][0][3] = hi.y;
+    f.a[j][1][0] = lo.z, f.a[j][1][1] = hi.z, f.a[j][1][2] = lo.w, f.a[j][1][3] = hi.w;
+  }
+}
+DEV void load_columns(Columns& f, const bf16* column, uint32_t n) {
+#pragma unroll
+  for (uint32_t j = 0; j < 2; j++) {
+    const bool exists = (warp_id() + j * kWarps) * kStep < n;
+    const v4u c = exists ? ld_v4(column + j * kWarps * kStep) : v4u{0, 0, 0, 0};
+    f.b[j][0][0] = c.x, f.b[j][0][1] = c.y, f.b[j][1][0] = c.z, f.b[j][1][1] = c.w;
+  }
+}
+DEV void multiply(float (&even)[4], float (&odd)[4], const Weights& w, const Columns& c) {
+#pragma unroll
+  for (uint32_t j = 0; j < 2; j++) {
+    mma_bf16_16816(even, w.a[j][0], c.b[j][0]);
+    mma_bf16_16816(odd, w.a[j][1], c.b[j][1]);
+  }
+}
+
+/* Hands a warp's sums of a tile to the sender; `tiles` counts them. */
+DEV void put_partial(const Memory& sh, uint32_t& tiles, const float (&even)[4], const float (&odd)[4],
+                     uint32_t columns) {
+  const uint32_t g = lane_id() / 4, t = lane_id() % 4, half = tiles & 1, parity = tiles >> 1 & 1;
+  tiles++;
+  mbar_wait(&sh.partial_empty[half], parity ^ 1);
+  if (2 * t < columns) {
+    float* mine = sh.partial + ((half * kWarps + warp_id()) * kTile + g) * kColumns + 2 * t;
+    *reinterpret_cast<v2u*>(mine) = v2u{as_u32(even[0] + odd[0]), as_u32(even[1] + odd[1])};
+    *reinterpret_cast<v2u*>(mine + 8 * kColumns) = v2u{as_u32(even[2] + odd[2]), as_u32(even[3] + odd[3])};
+  }
+  warp_sync();
+  if (lane_id() == 0) mbar_arrive(&sh.partial_full[half]);
+}
+
+/* The next tile's weights, of product i of evaluation n: fetched while the words that make its columns are on their
+ * way. */
+struct Ahead {
+  uint32_t n, i, tile;
+  uint32_t inner, rows; /* k, and this block's rows of the product */
+  Weights weights[kAhead];
+};
+/* Takes this warp's share of the stream's next segment: `left` elements of k are. */
+DEV void take_segment(const FlowChainParams& p, const Memory& sh, Cursor& at, const Lane& lane, uint32_t left,
+                      Weights& weights) {
+  const bool held = stays(p, at);
+  const uint32_t slot = slot_of(p, at);
+  mbar_wait(&sh.full[slot], held ? 0 : at.parity);
+  load_weights(weights, sh.slots + slot * p.stage_bytes, lane, left);
+  /* Lanes may leave the spin apart; the one that gives the stage back does so for all. */
+  warp_sync();
+  if (!held && lane_id() == 0) mbar_arrive(&sh.empty[at.stage]);
+  advance(p, at);
+}
+DEV void fetch_ahead(const FlowChainParams& p, const Memory& sh, Cursor& at, Ahead& ahead) {
+  const Sizes m = sizes_at(p, ahead.i);
+  /* There is none behind the last evaluation. */
+  ahead.inner = m.inner, ahead.rows = ahead.n == p.steps ? 0 : m.rows.count;
+  if (ahead.i == 0 && ahead.tile == 0) at.segment = 0;
+  if (ahead.rows == 0) return;
+  const Lane lane = lane_of(umin(kTile, ahead.rows - ahead.tile * kTile), kPitch);
+#pragma unroll
+  for (uint32_t j = 0; j < kAhead; j++)
+    if (j * kSegment < m.inner) take_segment(p, sh, at, lane, m.inner - j * kSegment, ahead.weights[j]);
+}
+
+/* This block's rows of the product that is ahead, times the staged columns, to the sender. Then product i of evaluation
+ * n is ahead. */
+DEV void product(const FlowChainParams& p, const Memory& sh, Cursor& at, uint32_t& tiles, const Pass& pass,
+                 uint32_t stride, uint32_t n, uint32_t i, Ahead& ahead) {
+  bool more = false;
+  do {
+    if (ahead.rows != 0) {
+      const bf16* column = first_column(sh, pass.count, stride);
+      float even[4] = {}, odd[4] = {};
+      Columns columns[kAhead];
+#pragma unroll
+      for (uint32_t j = 0; j < kAhead; j++)
+        if (j * kSegment < ahead.inner) load_columns(columns[j], column + j * kSegment, ahead.inner - j * kSegment);
+#pragma unroll
+      for (uint32_t j = 0; j < kAhead; j++)
+        if (j * kSegment < ahead.inner) multiply(even, odd, ahead.weights[j], columns[j]);
+      if (kAhead * kSegment < ahead.inner) {
+        const Lane lane = lane_of(umin(kTile, ahead.rows - ahead.tile * kTile), kPitch);
+        for (uint32_t k = kAhead * kSegment; k < ahead.inner; k += kSegment) {
+          Weights weights;
+          take_segment(p, sh, at, lane, ahead.inner - k, weights);
+          load_columns(columns[0], column + k, ahead.inner - k);
+          multiply(even, odd, weights, columns[0]);
+        }
+      }
+      put_partial(sh, tiles, even, odd, pass.count);
+    }
+    ahead.tile++;
+    more = ahead.tile * kTile < ahead.rows;
+    if (!more) ahead.n = n, ahead.i = i, ahead.tile = 0;
+    fetch_ahead(p, sh, at, ahead);
+  } while (more);
+  /* All have read the columns: words may come in their place. */
+  consumers_sync();
+}
+
+/* w_in E(x) of the staged images: this block's rows, to the sender. */
+DEV void project_state(const FlowChainParams& p, const Memory& sh, uint32_t& tiles, const Pass& pass, uint32_t stride) {
+  const Share mine = share(p.width, p.rows_width);
+  const uint32_t inner = up_step(p.token_dim), pitch = row_bytes(inner), images = pass.images.count;
+  const bf16* column = first_column(sh, images, stride);
+  for (uint32_t tile = 0; tile * kTile < mine.count; tile++) {
+    const Lane lane = lane_of(umin(kTile, mine.count - tile * kTile), pitch);
+    float even[4] = {}, odd[4] = {};
+    for (uint32_t k = 0; k < inner; k += kSegment) {
+      Weights weights;
+      Columns columns;
+      load_weights(weights, reinterpret_cast<const uint8_t*>(sh.w_in) + tile * kTile * pitch + 2 * k, lane, inner - k);
+      load_columns(columns, column + k, inner - k);
+      multiply(even, odd, weights, columns);
+    }
+    put_partial(sh, tiles, even, odd, images);
+  }
+}
+
+/* What an output needs beside the sums. */
+struct Held {
+  bf16 bias, gate[2];
+};
+/* The sender's part of a product: emit(tile, row of all, output, sum + bias of the first column, of the second, held)
+ * by the whole warp. What held = prefetch(row of all, output) asks for is under way while the others multiply. */
+template <class Prefetch, class Emit>
+DEV void take_sums(const Memory& sh, uint32_t& tiles, Share rows, uint32_t columns, Prefetch prefetch, Emit emit) {
+  for (uint32_t tile = 0; tile * kTile < rows.count; tile++, tiles++) {
+    const uint32_t half = tiles & 1, parity = tiles >> 1 & 1, in_tile = umin(kTile, rows.count - tile * kTile);
+    for (uint32_t round = 0; round * kGroups < (columns + 1) / 2 * kTileWords; round++) {
+      const Output o = output_of(in_tile, columns, round);
+      const uint32_t row = rows.first + tile * kTile + o.row;
+      Held held = {};
+      if (o.exists) held = prefetch(row, o);
+      mbar_wait(&sh.partial_full[half], parity);
+      warp_sync();
+      v2u part[kWarps];
+#pragma unroll
+      for (uint32_t w = 0; w < kWarps; w++)
+        part[w] = ld_v2(sh.partial + ((half * kWarps + w) * kTile + o.row) * kColumns + o.column);
+      float first = as_f32(part[0].x), second = as_f32(part[0].y);
+#pragma unroll
+      for (uint32_t w = 1; w < kWarps; w++) first += as_f32(part[w].x), second += as_f32(part[w].y);
+      const float bias = to_f32(held.bias);
+      emit(tile, row, o, first + bias, second + bias, held);
+    }
+    warp_sync();
+    if (lane_id() == 0) mbar_arrive(&sh.partial_empty[half]);
+  }
+}
+
+/* The warp that sums and sends what the consumers multiply. */
+DEV void send_all(const FlowChainParams& p, const Memory& sh, Exchange ex) {
+  const uint32_t width = p.width;
+  uint32_t tiles = 0;
+  for (uint32_t first = 0; first < p.images; first += p.images_at_once) {
+    const Pass pass = pass_at(p, first);
+    const auto bias_of = [&](const bf16* bias) {
+      return [=](uint32_t row, const Output&) { return Held{bias[row], {}}; };
+    };
+    for (uint32_t n = 0; n < p.steps; n++) {
+      take_sums(sh, tiles, share(width, p.rows_width), pass.images.count, bias_of(ptr<const bf16>(p.b_in)),
+                [&](uint32_t tile, uint32_t, const Output& o, float one, float two, const Held&) {
+                  send_floats(ex, sh.of_width, tile, o, one, two);
+                });
+      next_exchange(p, ex);
+      for (uint32_t j = 0; j <= p.blocks; j++) {
+        const bool last = j == p.blocks;
+        const Product up = product_at(p, n, 2 * j);
+        take_sums(sh, tiles, up.sizes.rows, pass.count, bias_of(up.bias),
+                  [&](uint32_t tile, uint32_t, const Output& o, float one, float two, const Held&) {
+                    if (last)
+                      send_pairs(ex, sh.of_token, tile, o, one, two);
+                    else
+                      send_pairs(ex, sh.of_mlp, tile, o, fast_silu(one), fast_silu(two));
+                  });
+        next_exchange(p, ex);
+        if (last) break;
+        const Product down = product_at(p, n, 2 * j + 1);
+        const bool keeps = n + 1 == p.steps && j + 1 == p.blocks;
+        take_sums(
+            sh, tiles, down.sizes.rows, pass.count,
+            [&](uint32_t row, const Output& o) {
+              const auto gate = [&](uint32_t s) { return down.gate[sequence_of(p, pass, s) * mod_width(p) + row]; };
+              return Held{down.bias[row], {gate(o.column), gate(o.second ? o.column + 1 : o.column)}};
+            },
+            [&](uint32_t tile, uint32_t row, const Output& o, float one, float two, const Held& held) {
+              /* Of this block's rows alone, which no words replace before it has sent its own. */
+              const float* h = sh.h + o.column * width + row;
+              const float before[2] = {o.exists ? h[0] : 0.0f, o.exists && o.second ? h[width] : 0.0f};
+              const float now[2] = {f_fma(to_f32(held.gate[0]), one, before[0]),
+                                    f_fma(to_f32(held.gate[1]), two, before[1])};
+              send_floats(ex, sh.of_width, tile, o, now[0], now[1]);
+#pragma unroll
+              for (uint32_t r = 0; r < 2; r++)
+                if (keeps && o.exists && (r == 0 || o.second))
+                  ptr<float>(p.h)[static_cast<size_t>(sequence_of(p, pass, o.column + r)) * width + row] = now[r];
+            });
+        next_exchange(p, ex);
+      }
+    }
   }
 }
 
@@ -350,92 +704,67 @@ DEV void project_token(const FlowChainParams& p, const Memory& sh, const Pass& p
 }
 
 DEV void consume(const FlowChainParams& p, const Memory& sh, Exchange& ex) {
-  const uint32_t token = ptr<const GenerationState>(p.state)->token, width = p.width;
-  const uint32_t stride = row_bytes(width > p.mlp_width ? width : p.mlp_width) / 2;
-  const float* draws = draws_of(p, token);
+  const uint32_t width = p.width;
+  const auto token = [&] { return ptr<const GenerationState>(p.state)->token; };
+  const uint32_t stride = staged_bytes(p) / 2;
   Cursor at = {0, 0, 0};
-  uint32_t half = 0;
+  uint32_t tiles = 0, vectors = 0;
   for (uint32_t first = 0; first < p.images; first += p.images_at_once) {
-    const Images images = {first, umin(p.images_at_once, p.images - first)};
-    const Pass pass = {images, images.count * p.branches};
+    const Pass pass = pass_at(p, first);
+    const Images images = pass.images;
+    const uint32_t pairs = (pass.count + 1) / 2;
     const auto velocity = [&](uint32_t r, uint32_t i) { return sh.v[r * images.count * p.token_dim + i]; };
-    const auto take_h = [&](uint32_t s) {
-      return [&, s](uint32_t i, uint32_t value) { sh.h[s * width + i] = as_f32(value); };
-    };
-    fetch_vectors(p, sh, pass, 0, 0);
+    const auto draw = [&](uint32_t i) { return sh.draw[i]; };
+    Ahead ahead;
+    ahead.n = ahead.i = ahead.tile = 0;
+    fetch_ahead(p, sh, at, ahead);
     for (uint32_t n = 0; n < p.steps; n++) {
-      const bf16* mod = ptr<const bf16>(p.mod) + static_cast<size_t>(n) * sequences(p) * mod_width(p);
-      at.segment = 0;
-      set_state(p, sh.x, images, n, draws);
+      set_state(p, sh.x, images, n, draws_of(p, token()));
+      stage_state(p, sh, images, stride);
       consumers_sync();
-      send_state(p, sh, ex, pass);
-      for (uint32_t b = 0; b < images.count; b++)
-        receive(p, ex, b * width, width, [&](uint32_t i, uint32_t value) {
-          for (uint32_t s = b; s < pass.count; s += images.count) sh.h[s * width + i] = as_f32(value);
-        });
-      next_exchange(p, ex);
+      project_state(p, sh, tiles, pass, stride);
+      receive(p, ex, sh.of_width, images.count, [&](uint32_t b, uint32_t row, uint32_t rows, const v4u& word) {
+#pragma unroll 1
+        for (uint32_t s = b; s < pass.count; s += images.count) take_floats(sh.h + s * width + row, rows, word);
+      });
       for (uint32_t j = 0; j <= p.blocks; j++) {
         const bool last = j == p.blocks;
-        stage_normed(p, sh, pass, !last, stride);
-        if (!last)
-          fetch_vectors(p, sh, pass, n, j + 1);
-        else if (n + 1 < p.steps)
-          fetch_vectors(p, sh, pass, n + 1, 0);
-        const Product up = product_at(p, 2 * j);
-        const uint32_t outputs = last ? p.token_dim : p.mlp_width;
-        product(
-            p, sh, at, half, up, pass, stride,
-            [&](uint32_t row, uint32_t) {
-              return Held{to_f32(up.bias[row]), 0.0f, 0.0f};
-            },
-            [&](bool exists, uint32_t row, uint32_t s, float sum, Held) {
-              send_pair(ex, exists, outputs, row, s, last ? sum : silu(sum));
-            });
+        stage_normed(sh, pass, width, !last, stride, vectors);
+        product(p, sh, at, tiles, pass, stride, last ? n + 1 : n, last ? 0 : 2 * j + 1, ahead);
         if (last) break;
-        receive_pairs(p, ex, pass, p.mlp_width,
-                      [&](uint32_t s, uint32_t i, bf16 value) { sh.staged[s * stride + i] = value; });
-        next_exchange(p, ex);
-        /* No barrier: a warp's share of k is just what its lanes have received. */
-        static_assert(kSegment % kConsumers == 0 && kConsumers == kWarps * kStep);
-        const Product down = product_at(p, 2 * j + 1);
-        const bool keeps = n + 1 == p.steps && j + 1 == p.blocks;
-        product(
-            p, sh, at, half, down, pass, stride,
-            [&](uint32_t row, uint32_t s) {
-              const size_t third = 3 * static_cast<size_t>(j) + 2;
-              const bf16* gate = mod + sequence_of(p, pass, s) * mod_width(p) + third * width;
-              return Held{to_f32(down.bias[row]), to_f32(gate[row]), sh.h[s * width + row]};
-            },
-            [&](bool exists, uint32_t row, uint32_t s, float sum, Held held) {
-              if (!exists) return;
-              const float h = f_fma(held.gate, sum, held.h);
-              send(ex, s * width + row, as_u32(h));
-              if (keeps) ptr<float>(p.h)[static_cast<size_t>(sequence_of(p, pass, s)) * width + row] = h;
-            });
-        for (uint32_t s = 0; s < pass.count; s++) receive(p, ex, s * width, width, take_h(s));
-        next_exchange(p, ex);
+        receive(p, ex, sh.of_mlp, pairs, [&](uint32_t pair, uint32_t row, uint32_t rows, const v4u& word) {
+          bf16* to = sh.staged + 2 * pair * stride + row;
+          take_pairs(rows, 2 * pair + 1 < pass.count, word,
+                     [&](uint32_t e, uint32_t r, bf16 value) { to[r * stride + e] = value; });
+        });
+        product(p, sh, at, tiles, pass, stride, n, 2 * j + 2, ahead);
+        receive(p, ex, sh.of_width, pass.count, [&](uint32_t s, uint32_t row, uint32_t rows, const v4u& word) {
+          take_floats(sh.h + s * width + row, rows, word);
+        });
       }
-      receive_pairs(p, ex, pass, p.token_dim,
-                    [&](uint32_t s, uint32_t i, bf16 value) { sh.v[s * p.token_dim + i] = to_f32(value); });
-      next_exchange(p, ex);
-      consumers_sync();
-      step_solver(p, sh.x, images, n, token, draws, velocity);
+      const Guidance guidance = guidance_of(p, token());
+      const SolverStep step = ptr<const SolverStep>(p.steps_table)[n];
+#pragma unroll 1
+      for (uint32_t i = tid_x(); i < images.count * p.token_dim; i += kConsumers)
+        sh.draw[i] = draw_of(p, images, n, draws_of(p, token()), i);
+      receive(p, ex, sh.of_token, pairs, [&](uint32_t pair, uint32_t row, uint32_t rows, const v4u& word) {
+        float* to = sh.v + 2 * pair * p.token_dim + row;
+        take_pairs(rows, 2 * pair + 1 < pass.count, word,
+                   [&](uint32_t e, uint32_t r, bf16 value) { to[r * p.token_dim + e] = to_f32(value); });
+      });
+      step_solver(p, sh.x, images, n, guidance, step, velocity, draw);
     }
-    finish_token<bf16>(p, sh.x, images, token);
+    finish_token<bf16>(p, sh.x, images, token());
     consumers_sync();
     project_token(p, sh, pass);
     consumers_sync();
   }
 }
 
-/* Grid: cooperative, at most one block per SM. Block: eight warps that compute and one that copies. */
+/* Grid: cooperative, at most one block per SM. Block: eight warps that compute, one that copies, one that sends. */
 KERNEL(flow_ring_bf16, FlowChainParams, kThreads, 1) {
   SMEM_DYN(uint8_t, dynamic);
-  SMEM(uint64_t, full, kMaxResident + kMaxStages);
-  SMEM(uint64_t, empty, kMaxStages);
-  SMEM(float, partial, 2 * kWarps * kTile * kColumns);
-  SMEM(float, stats, kColumns * kWarps * 2);
-  const uint32_t sequences = p.images_at_once * p.branches, longest = p.width > p.mlp_width ? p.width : p.mlp_width;
+  const uint32_t sequences = p.images_at_once * p.branches, w_in_bytes = row_bytes(up_step(p.token_dim));
   uint8_t* next = dynamic;
   const auto take = [&](uint32_t bytes) {
     uint8_t* at = next;
@@ -444,30 +773,55 @@ KERNEL(flow_ring_bf16, FlowChainParams, kThreads, 1) {
   };
   Memory sh;
   sh.slots = take((p.resident + p.stages) * p.stage_bytes);
+  sh.full = reinterpret_cast<uint64_t*>(take((p.resident + p.stages) * 8));
+  sh.empty = reinterpret_cast<uint64_t*>(take(p.stages * 8));
+  sh.vectors_full = reinterpret_cast<uint64_t*>(take(16));
+  sh.vectors_empty = sh.vectors_full + 1;
+  sh.partial_full = reinterpret_cast<uint64_t*>(take(32));
+  sh.partial_empty = sh.partial_full + 2;
   sh.x = reinterpret_cast<float*>(take(p.images_at_once * p.token_dim * 4));
+  sh.draw = reinterpret_cast<float*>(take(p.images_at_once * p.token_dim * 4));
   sh.v = reinterpret_cast<float*>(take(sequences * p.token_dim * 4));
   sh.h = reinterpret_cast<float*>(take(sequences * p.width * 4));
   sh.vectors = reinterpret_cast<bf16*>(take((sequences + 1) * p.width * 4));
-  sh.staged = reinterpret_cast<bf16*>(take(sequences * row_bytes(longest)));
-  sh.w_in = reinterpret_cast<bf16*>(take(p.rows_width * p.token_dim * 2));
-  sh.partial = partial, sh.stats = stats, sh.full = full, sh.empty = empty;
+  sh.staged = reinterpret_cast<bf16*>(take(sequences * staged_bytes(p)));
+  sh.w_in = reinterpret_cast<bf16*>(take(p.rows_width * w_in_bytes));
+  sh.partial = reinterpret_cast<float*>(take(2 * kWarps * kTile * kColumns * 4));
+  sh.stats = reinterpret_cast<float*>(take(kColumns * kWarps * 2 * 4));
+  uint32_t* rows_of = reinterpret_cast<uint32_t*>(next);
+  sh.of_width = words_for(p.width, p.rows_width, rows_of);
+  sh.of_mlp = words_for(p.mlp_width, p.rows_mlp, rows_of);
+  sh.of_token = words_for(p.token_dim, p.rows_token, rows_of);
+  list_rows(sh.of_width, p.width, p.rows_width);
+  list_rows(sh.of_mlp, p.mlp_width, p.rows_mlp);
+  list_rows(sh.of_token, p.token_dim, p.rows_token);
 
   if (tid_x() == 0) {
-    for (uint32_t i = 0; i < p.resident + p.stages; i++) mbar_init(&full[i], 1);
-    for (uint32_t i = 0; i < p.stages; i++) mbar_init(&empty[i], kWarps);
+    for (uint32_t i = 0; i < p.resident + p.stages; i++) mbar_init(&sh.full[i], 1);
+    for (uint32_t i = 0; i < p.stages; i++) mbar_init(&sh.empty[i], kWarps);
+    mbar_init(sh.vectors_full, 1);
+    mbar_init(sh.vectors_empty, 1);
+    for (uint32_t i = 0; i < 2; i++) mbar_init(&sh.partial_full[i], kWarps), mbar_init(&sh.partial_empty[i], 1);
     mbar_init_fence();
   }
   const Share rows = share(p.width, p.rows_width);
-  for (uint32_t i = tid_x(); i < rows.count * p.token_dim; i += kThreads)
-    sh.w_in[i] = ptr<const bf16>(p.w_in)[static_cast<size_t>(rows.first) * p.token_dim + i];
+  for (uint32_t i = tid_x(); i < rows.count * up_step(p.token_dim); i += kThreads) {
+    const uint32_t r = i / up_step(p.token_dim), k = i % up_step(p.token_dim);
+    const bf16* from = ptr<const bf16>(p.w_in) + static_cast<size_t>(rows.first + r) * p.token_dim + k;
+    sh.w_in[r * w_in_bytes / 2 + k] = k < p.token_dim ? *from : bf16{0};
+  }
   uint64_t* made = &ptr<FlowExchange>(p.exchange)->made;
-  Exchange ex = {ptr<uint64_t>(p.exchange + sizeof(FlowExchange)), poll_relaxed(made), 0, 0, true};
+  Exchange ex = {ptr<v4u>(p.exchange + sizeof(FlowExchange)), static_cast<uint32_t>(poll_relaxed(made)) + 1, true};
   block_sync();
   if (warp_id() == kWarps) {
     produce(p, sh);
     return;
   }
+  if (warp_id() == kWarps + 1) {
+    send_all(p, sh, ex);
+    return;
+  }
   consume(p, sh, ex);
   /* No block gets here before all have sent something, and so have read `made`. */
-  if (bid_x() == 0 && tid_x() == 0) st_relaxed(made, (ex.made + ex.index) % kEpochs);
+  if (bid_x() == 0 && tid_x() == 0) st_relaxed(made, ex.epoch - 1);
 }

@@ -53,12 +53,28 @@ DEV float guided_velocity(const FlowChainParams& p, float cfg, float cfg_img, ui
   return f_fma(cfg, cond - second, f_fma(cfg_img, second - nothing, nothing));
 }
 
-/* x after evaluation n: guidance, norm rescale, solver. */
-template <class Velocity>
-DEV void step_solver(const FlowChainParams& p, float* state, Images at, uint32_t n, uint32_t token, const float* draws,
-                     Velocity velocity) {
-  const float cfg = ptr<const float>(p.guidance)[2 * token], cfg_img = ptr<const float>(p.guidance)[2 * token + 1];
-  const SolverStep step = ptr<const SolverStep>(p.steps_table)[n];
+/* A token's scales. */
+struct Guidance {
+  float cfg, cfg_img;
+};
+DEV Guidance guidance_of(const FlowChainParams& p, uint32_t token) {
+  const float* scales = ptr<const float>(p.guidance) + 2 * static_cast<size_t>(token);
+  return {scales[0], scales[1]};
+}
+
+/* Element i of [B, K] of the draw that step n takes. One that was never made would go unnoticed: it is NaN, and so is
+ * the token. */
+DEV float draw_of(const FlowChainParams& p, Images at, uint32_t n, const float* draws, uint32_t i) {
+  const size_t values = static_cast<size_t>(p.images) * p.token_dim;
+  if (n + 1 >= p.draws_per_slot) return as_f32(0x7fc00000u);
+  return draws[(n + 1) * values + static_cast<size_t>(at.first) * p.token_dim + i];
+}
+
+/* x after evaluation n: guidance, norm rescale, solver. draw(i) is element i of the draw that it takes. */
+template <class Velocity, class Draw>
+DEV void step_solver(const FlowChainParams& p, float* state, Images at, uint32_t n, Guidance guidance, SolverStep step,
+                     Velocity velocity, Draw draw) {
+  const float cfg = guidance.cfg, cfg_img = guidance.cfg_img;
   const bool rescale = p.rescale && p.branches > 1 && cfg > 1.0f && (p.branches == 2 || cfg_img > 1.0f);
   const size_t values = static_cast<size_t>(p.images) * p.token_dim;
   for (uint32_t b = warp_id(); b < at.count; b += kWarps) {
@@ -78,9 +94,7 @@ DEV void step_solver(const FlowChainParams& p, float* state, Images at, uint32_t
       const size_t out = static_cast<size_t>(at.first) * p.token_dim + i;
       const float v = guided_velocity(p, cfg, cfg_img, i, velocity) * factor;
       float x = f_fma(step.velocity, v, step.keep * state[i]);
-      /* A draw that was never made would go unnoticed: it is NaN, and so is the token. */
-      if (step.noise != 0.0f)
-        x = f_fma(step.noise, n + 1 < p.draws_per_slot ? draws[(n + 1) * values + out] : as_f32(0x7fc00000u), x);
+      if (step.noise != 0.0f) x = f_fma(step.noise, draw(i), x);
       state[i] = x;
       if (bid_x() != 0) continue;
       for (uint32_t r = 0; p.trace_v_raw && r < p.branches; r++)

@@ -201,7 +201,7 @@ typedef struct {
   uint64_t w_next;      /* [D, K] E: image_in_projector */
   uint64_t b_next;      /* [D] E */
   uint64_t x_next;      /* [S, D] float, written: input of the next transformer step */
-  uint64_t exchange;    /* FlowExchange, then [3, exchange_words] uint64: value below, epoch above; not plain */
+  uint64_t exchange;    /* FlowExchange, then [3, exchange_words] of 128 bits: an epoch and three values; not plain */
   uint32_t steps, images, branches, width, mlp_width, blocks, token_dim, hidden, tokens_total;
   uint32_t draws_per_slot;  /* draws stored per token */
   uint32_t draw_slots;      /* T when draws of every token are recorded, 1 when randn refills one slot */

@@ -93,7 +93,7 @@ const TABLE: &[Fast] = &[
     fast("lm_head_ring_bf16", 256, 102528, 2, Loads::Bulk, true),
     fast("lm_head_mma_bf16", 256, 98304, 1, Loads::Async, true),
     fast("flow_modulation_mma_bf16", 256, 175_616, 1, Loads::Wide, true),
-    fast("flow_ring_bf16", 288, 222_080, 1, Loads::Bulk, true).late(),
+    fast("flow_ring_bf16", 320, 223_664, 1, Loads::Bulk, true).late(),
     fast("attention_mma_flash_bf16", 128, 87_040, 2, Loads::Async, true).late(),
     fast("attention_mma_splitkv_bf16", 128, 73_984, 2, Loads::Async, true),
     fast("conv2d_mma_bf16", 256, 63_616, 2, Loads::Async, true),

@@ -28,7 +28,7 @@ const FORBIDDEN_WORDS: &[&str] = &[
 const ALLOWED_WORDS: &[&str] = &["__restrict__"];
 
 /// What a loop may poll with: these let the other fibers run, so the emulated device cannot hang in them.
-const POLLS: &[&str] = &["ld_acquire", "poll_relaxed", "mbar_wait"];
+const POLLS: &[&str] = &["ld_acquire", "poll_relaxed", "poll_relaxed_v4", "mbar_wait"];
 
 /// What the opening comment of a `.cu` file has to say: a formula, shapes, and what bounds the kernel.
 const HEADER_WORDS: &[&str] = &["=", "[", "bound"];

@@ -12,9 +12,25 @@ void yield(const char* what, Site site) {
   runner->suspend(f);
 }
 
+// Looking at a word once is free, so that a kernel may take many words that are there without a switch for each; looking
+// again at the same one, or at many, lets the others run.
+void look(const void* p, const char* what, Site site) {
+  constexpr uint32_t kFreePolls = 32;
+  Fiber* f = current();
+  if (f->polled == p || ++f->polls == kFreePolls) {
+    f->polls = 0;
+    yield(what, site);
+  }
+  f->polled = p;
+}
+
+template <size_t BYTES>
+void require_aligned(const void* p, Site site) {
+  if (reinterpret_cast<uintptr_t>(p) % BYTES) fail(site, "misaligned atomic access at %p", p);
+}
 template <class T>
 void require_aligned(const T* p, Site site) {
-  if (reinterpret_cast<uintptr_t>(p) % sizeof(T)) fail(site, "misaligned atomic access at %p", static_cast<const void*>(p));
+  require_aligned<sizeof(T)>(static_cast<const void*>(p), site);
 }
 
 }  // namespace
@@ -68,25 +84,32 @@ void store_release(uint32_t* p, uint32_t v, Site site) {
   runner->events += __atomic_exchange_n(p, v, __ATOMIC_ACQ_REL) != v;
 }
 
-// Looking at a word once is free, so that a kernel may take many words that are there without a switch for each; looking
-// again at the same one, or at many, lets the others run.
 uint64_t poll_relaxed(const uint64_t* p, Site site) {
-  constexpr uint32_t kFreePolls = 32;
   require_aligned(p, site);
-  Fiber* f = current();
-  if (f->polled == p || ++f->polls == kFreePolls) {
-    f->polls = 0;
-    yield("poll_relaxed", site);
-  }
-  f->polled = p;
+  look(p, "poll_relaxed", site);
   touch(p, 8, Access::kAtomicRead, site);
   return __atomic_load_n(p, __ATOMIC_RELAXED);
+}
+
+// Who polls and who stores are fibers of one host thread, so that the sixteen bytes are in one piece.
+void poll_relaxed16(void* out, const void* p, Site site) {
+  require_aligned<16>(p, site);
+  look(p, "poll_relaxed_v4", site);
+  touch(p, 16, Access::kAtomicRead, site);
+  memcpy(out, p, 16);
 }
 
 void store_relaxed(uint64_t* p, uint64_t v, Site site) {
   require_aligned(p, site);
   touch(p, 8, Access::kAtomic, site);
   runner->events += __atomic_exchange_n(p, v, __ATOMIC_RELAXED) != v;
+}
+
+void store_relaxed16(void* p, const void* v, Site site) {
+  require_aligned<16>(p, site);
+  touch(p, 16, Access::kAtomic, site);
+  runner->events += memcmp(p, v, 16) != 0;
+  memcpy(p, v, 16);
 }
 
 }  // namespace emu

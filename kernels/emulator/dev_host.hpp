@@ -185,6 +185,12 @@ DEV uint32_t ld_acquire(const uint32_t* p SITE_) { return emu::load_acquire(p, s
 DEV void st_release(uint32_t* p, uint32_t v SITE_) { emu::store_release(p, v, site); }
 DEV uint64_t poll_relaxed(const uint64_t* p SITE_) { return emu::poll_relaxed(p, site); }
 DEV void st_relaxed(uint64_t* p, uint64_t v SITE_) { emu::store_relaxed(p, v, site); }
+DEV v4u poll_relaxed_v4(const v4u* p SITE_) {
+  v4u v;
+  emu::poll_relaxed16(&v, p, site);
+  return v;
+}
+DEV void st_relaxed_v4(v4u* p, v4u v SITE_) { emu::store_relaxed16(p, &v, site); }
 
 // ---- asynchronous copies into shared memory ----
 DEV uint32_t smem_u32(const void* p SITE_) { return emu::shared_offset(p, site); }

@@ -100,6 +100,8 @@ uint32_t load_acquire(const uint32_t*, Site);
 void store_release(uint32_t*, uint32_t, Site);
 uint64_t poll_relaxed(const uint64_t*, Site);
 void store_relaxed(uint64_t*, uint64_t, Site);
+void poll_relaxed16(void* out, const void* p, Site);
+void store_relaxed16(void* p, const void* v, Site);
 
 #if EMU_OBSERVED
 // An access that a primitive makes for its thread (observe.cpp).

@@ -92,17 +92,26 @@ pub static UNITS: &[Unit] = &[
     },
     Unit {
         name: "messages",
-        primitives: &["st_release", "ld_acquire", "st_relaxed", "poll_relaxed", "warp_sync"],
+        primitives: &[
+            "st_release",
+            "ld_acquire",
+            "st_relaxed",
+            "poll_relaxed",
+            "st_relaxed_v4",
+            "poll_relaxed_v4",
+            "warp_sync",
+        ],
         steps: &[Step { symbol: "conformance_messages", geometry: || cooperative(2, 32) }],
         input: || noise(32, 6),
         expected: |input| {
             let mut words: Vec<u32> = input.iter().map(|v| v.wrapping_add(1)).collect();
             let mut value = input[0];
-            for _ in 0..16 {
+            for _ in 0..2 * 16 {
                 let answer = value.wrapping_mul(3).wrapping_add(1);
                 value = answer.wrapping_mul(3);
                 words.extend([value, answer]);
             }
+            words.extend([0, 4096]);
             bits(words)
         },
     },

@@ -376,7 +376,7 @@ pub struct FlowChainParams {
     pub b_next: u64,
     /// [S, D] float, written: input of the next transformer step
     pub x_next: u64,
-    /// FlowExchange, then [3, exchange_words] uint64: value below, epoch above; not plain
+    /// FlowExchange, then [3, exchange_words] of 128 bits: an epoch and three values; not plain
     pub exchange: u64,
     pub steps: u32,
     pub images: u32,

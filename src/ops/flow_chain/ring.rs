@@ -15,17 +15,20 @@ const TILE: usize = 16;
 const SEGMENT: usize = 512;
 /// What the widths must be multiples of (`kStep`).
 const STEP: usize = 32;
+/// Rows of a word between the blocks (`kTriple`).
+const TRIPLE: usize = 3;
 /// Stages of the ring: four segments of 13 KB cover the latency of memory; more make up for longer exchanges.
 const MIN_STAGES: usize = 4;
 const MAX_STAGES: usize = 16;
-/// Segments that may stay (`kMaxResident`).
+/// Segments that may stay.
 const MAX_RESIDENT: usize = 32;
 /// Weights that are asked to stay in L2: more of 50 MB would be lost to what else passes through.
 const PINNED_BYTES: usize = 30 * 1000 * 1000;
-/// Eight warps that compute and one that copies.
-const THREADS: u32 = 32 * 9;
-/// Shared memory of a block on Hopper, less the kernel's static arrays.
-const SHARED_BYTES: usize = 227 * 1024 - 9 * 1024 - 512;
+/// Warps that compute (`kWarps`), beside one that copies and one that sends.
+const WARPS: usize = 8;
+const THREADS: u32 = 32 * (WARPS as u32 + 2);
+/// Shared memory of a block on Hopper.
+const SHARED_BYTES: usize = 227 * 1024;
 /// Looks at a word until it counts as lost: seconds, at the latency of L2.
 pub(super) const SPIN_LIMIT: u32 = 1 << 22;
 
@@ -60,7 +63,14 @@ fn most_images(images: usize, branches: usize) -> usize {
     images.min(COLUMNS / branches.clamp(1, COLUMNS)).max(1)
 }
 
-/// 64-bit words of one exchange buffer for `sequences` sequences of a pass: floats of the residual, or pairs of the rest.
+/// Words of an exchange for `rows` rows of which a block has `per_block` (`Words.of_all`).
+fn words_of(rows: usize, per_block: usize) -> usize {
+    let of_block = |rows: usize| rows / TILE * TILE.div_ceil(TRIPLE) + (rows % TILE).div_ceil(TRIPLE);
+    rows / per_block * of_block(per_block) + of_block(rows % per_block)
+}
+
+/// 128-bit words of one exchange buffer for `sequences` sequences of a pass, however many blocks share the rows: floats
+/// of the residual, or pairs of the rest, three rows to a word, at least one.
 fn exchange_words((width, mlp_width, token_dim): (usize, usize, usize), sequences: usize) -> usize {
     let pairs = sequences.div_ceil(2).saturating_mul(mlp_width.max(token_dim));
     sequences.saturating_mul(width).max(pairs)
@@ -69,7 +79,7 @@ fn exchange_words((width, mlp_width, token_dim): (usize, usize, usize), sequence
 /// Bytes of the memory through which the blocks exchange values, for a head of (width, mlp_width, token_dim).
 pub fn exchange_bytes(head: (usize, usize, usize), images: usize, branches: usize) -> usize {
     let words = exchange_words(head, most_images(images, branches) * branches);
-    size_of::<FlowExchange>().saturating_add(words.saturating_mul(3 * 8))
+    size_of::<FlowExchange>().saturating_add(words.saturating_mul(3 * 16))
 }
 
 /// Bytes from one row of `n` elements to the next (`row_bytes`).
@@ -77,16 +87,32 @@ fn row_bytes(n: usize) -> usize {
     2 * n + if n.is_multiple_of(64) { 64 } else { 0 }
 }
 
+/// A block's share of the rows of each product.
+#[derive(Clone, Copy)]
+struct Rows {
+    width: usize,
+    mlp: usize,
+    token: usize,
+}
+
 /// Shared memory beside the segments, for a pass of `images` images.
-fn fixed_bytes(a: &Args, images: usize, rows_width: usize) -> usize {
+fn fixed_bytes(a: &Args, images: usize, rows: Rows) -> usize {
     let sequences = images * a.branches;
+    let token = a.token_dim.next_multiple_of(STEP);
+    let listed =
+        words_of(a.width, rows.width) + words_of(a.mlp_width, rows.mlp) + words_of(a.token_dim, rows.token);
     let arrays = [
+        (MAX_RESIDENT + 2 * MAX_STAGES + 2 + 4) * 8,
+        2 * WARPS * TILE * COLUMNS * 4,
+        COLUMNS * WARPS * 2 * 4,
+        images.saturating_mul(a.token_dim * 4),
         images.saturating_mul(a.token_dim * 4),
         sequences.saturating_mul(a.token_dim * 4),
         sequences.saturating_mul(a.width * 4),
         (sequences + 1).saturating_mul(a.width * 4),
-        sequences.saturating_mul(row_bytes(a.width.max(a.mlp_width))),
-        rows_width.saturating_mul(a.token_dim * 2),
+        sequences.saturating_mul(row_bytes(a.width.max(a.mlp_width).max(token))),
+        rows.width.saturating_mul(row_bytes(token)),
+        listed * 4,
     ];
     arrays.iter().fold(0, |sum, bytes| sum.saturating_add(bytes.saturating_add(15) / 16 * 16))
 }
@@ -109,6 +135,7 @@ pub(super) fn plan(launch: &Launch, a: &Args, keep: bool) -> Result<Ring, String
         ("w0", a.w0),
         ("w2", a.w2),
         ("w_out", a.w_out),
+        ("exchange", a.exchange),
     ];
     for (name, span) in copied {
         if !span.ptr.0.is_multiple_of(16) {
@@ -119,17 +146,17 @@ pub(super) fn plan(launch: &Launch, a: &Args, keep: bool) -> Result<Ring, String
     let rows_width = f.div_ceil(launch.sm_count.max(1) as usize);
     let blocks = f.div_ceil(rows_width);
     let [rows_mlp, rows_token, rows_hidden] = [h, k, a.hidden].map(|rows| rows.div_ceil(blocks));
+    let rows = Rows { width: rows_width, mlp: rows_mlp, token: rows_token };
     let tile = rows_width.max(rows_mlp).max(rows_token).min(TILE);
-    let segment = [f, h].map(|inner| row_bytes(inner.min(SEGMENT)));
-    let stage_bytes = tile * segment[0].max(segment[1]);
-    let room = |images| SHARED_BYTES.saturating_sub(fixed_bytes(a, images, rows_width)) / stage_bytes;
+    let stage_bytes = tile * row_bytes(SEGMENT);
+    let room = |images| SHARED_BYTES.saturating_sub(fixed_bytes(a, images, rows)) / stage_bytes;
     let images = (1..=most_images(a.images, a.branches)).rev().find(|&images| room(images) >= MIN_STAGES);
     let Some(images) = images else {
         return Err(format!(
             "one image of {} branches, width {f}, mlp_width {h} takes {} bytes of shared memory beside {MIN_STAGES} \
              stages of {stage_bytes}, {SHARED_BYTES} are there",
             a.branches,
-            fixed_bytes(a, 1, rows_width)
+            fixed_bytes(a, 1, rows)
         ));
     };
     let slots = room(images);
@@ -138,7 +165,7 @@ pub(super) fn plan(launch: &Launch, a: &Args, keep: bool) -> Result<Ring, String
         false => (slots.min(MAX_STAGES), 0),
     };
     let pinned = if keep { PINNED_BYTES / (blocks * tile * f.min(SEGMENT) * 2) } else { 0 };
-    let shared = (stages + resident) * stage_bytes + fixed_bytes(a, images, rows_width);
+    let shared = (stages + resident) * stage_bytes + fixed_bytes(a, images, rows);
     let sequences = images * a.branches;
     let number = |value: usize| u32::try_from(value).map_err(|_| format!("{value} does not fit 32 bits"));
     Ok(Ring {
