@@ -27,7 +27,7 @@ KERNEL(bench_copy, BenchParams, kThreads, 8) {
 #pragma unroll
     for (uint32_t j = 0; j < kInFlight; j++) {
       const uint64_t i = base + j * kThreads + tid_x();
-      v[j] = i < p.elements ? ld_nc_v4(src + i) : v4u{0, 0, 0, 0};
+      v[j] = i < p.elements ? ld_stream_v4(src + i) : v4u{0, 0, 0, 0};
     }
 #pragma unroll
     for (uint32_t j = 0; j < kInFlight; j++) {
@@ -48,7 +48,7 @@ KERNEL(bench_sum, BenchParams, kThreads, 8) {
 #pragma unroll
     for (uint32_t j = 0; j < kInFlight; j++) {
       const uint64_t i = base + j * kThreads + tid_x();
-      v[j] = i < p.elements ? ld_nc_v4(src + i) : v4u{0, 0, 0, 0};
+      v[j] = i < p.elements ? ld_stream_v4(src + i) : v4u{0, 0, 0, 0};
     }
 #pragma unroll
     for (uint32_t j = 0; j < kInFlight; j++) sum += v[j].x + v[j].y + v[j].z + v[j].w;
