@@ -305,6 +305,10 @@ fn cases() -> Vec<Case> {
         (shape(1, 3, 2, 104, 20, 1, Same), norm(13, false, Apart)),
         (shape(1, 2, 18, 24, 16, 3, Up), norm(3, true, No)),
         (shape(1, 5, 3, 72, 13, 3, Down), norm(9, true, No)),
+        // For its blocks of 128 output channels: more tiles than SMs.
+        (shape(8, 1, 2, 40, 72, 3, Same), norm(5, true, InPlace)),
+        (shape(8, 2, 2, 24, 72, 3, Up), norm(3, true, Apart)),
+        (shape(8, 2, 3, 72, 72, 1, Same), norm(9, false, No)),
     ];
     let medium = [
         (shape(2, 16, 24, 64, 64, 3, Same), norm(32, true, InPlace)),
@@ -315,7 +319,6 @@ fn cases() -> Vec<Case> {
         (shape(1, 10, 20, 96, 136, 3, Same), norm(32, true, InPlace)),
         (shape(1, 20, 12, 48, 200, 3, Up), bare),
         (shape(2, 9, 17, 48, 130, 3, Down), norm(12, false, No)),
-        // For mma with blocks of 128 output channels in fewer than all its forms above.
         (shape(1, 20, 24, 72, 200, 1, Same), norm(9, true, Apart)),
         (shape(1, 18, 34, 40, 136, 3, Up), norm(5, true, No)),
     ];
