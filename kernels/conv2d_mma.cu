@@ -8,9 +8,9 @@
 // Rounding: as conv2d.cu, and the input is rounded to bf16 where the official code stores it: after the norm and after
 // the swish. (Only after the swish is further from its pictures: independent roundings of the same value add up.)
 //
-// Bound: FLOPs, then shared memory. Grid (tiles of 8x16 pixels, blocks of 16 * NT output channels, images), 128 threads,
-// two blocks per SM. The four warps are 2 (four rows of 16 pixels each) x 2 (8 * NT channels each); sums stay in
-// registers.
+// Bound: FLOPs, then shared memory. Grid (tiles of 8x16 pixels, blocks of 16 * NT output channels, images), 128
+// threads, two blocks per SM. The four warps are 2 (four rows of 16 pixels each) x 2 (8 * NT channels each); sums stay
+// in registers.
 //
 //   x  --norm, swish, once per element--> patch   [pixels under the tile][32 channels]    x2 smem --ldmatrix--+
 //   w  ------------cp.async-------------> weights [taps of a column][16 * NT][32 channels] x2 smem --ldmatrix--+--> mma
@@ -64,8 +64,7 @@ struct Input {
 // Elements from the start of a row of 32 channels to chunk c of it; `row` counts rows or columns.
 DEV uint32_t place(uint32_t row, uint32_t c) { return (c ^ (row / 2 % 4)) * kChunk; }
 
-// exp2 with a constant factor in place of exp, which takes four instructions more for results below 2^-126: 1 all the
-// same.
+// By exp2: exp spends three instructions more on results below 2^-126, which leave 1 as it is.
 DEV float swish(float x) { return fast_div(x, 1.0f + fast_exp2(x * -1.4426950408889634f)); }
 
 // Eight channels of one pixel of the patch, zero where there is none; whether there is one.
@@ -318,7 +317,6 @@ DEV void multiply(const Conv2dParams& p, unsigned char* smem, Sums<NT>& acc) {
       if (more) put_all<F>(in, next_patch, slice + 1, first, raw, known);
     }
   }
-
 }
 
 // Bias and residual, y, and the statistics of the tile.
