@@ -12,6 +12,7 @@
 
 static constexpr uint32_t kThreads = 256;
 static constexpr uint32_t kTileH = 8, kTileW = 16;
+static constexpr int kBatch = 8;  // pairs of a thread that are on their way at once
 
 KERNEL(merge_stats_plain, MergeStatsParams, 256, 4) {
   SMEM(float, scratch, kThreads / 32);
@@ -23,21 +24,38 @@ KERNEL(merge_stats_plain, MergeStatsParams, 256, 4) {
                          (static_cast<size_t>(image) * tiles * p.channels + group * group_channels) * 2;
   const float origin = partial[0];
 
-  const uint32_t step_tiles = kThreads / group_channels, step_channels = kThreads % group_channels;
-  uint32_t tile = tid_x() / group_channels, channel = tid_x() % group_channels;
+  // Threads take the group's pairs in memory order, kThreads apart; (row, col) of the tile and the channel step along
+  // without dividing.
+  const uint32_t step = kThreads / group_channels, step_channels = kThreads % group_channels;
+  const uint32_t step_rows = step / tiles_x, step_cols = step % tiles_x;
+  const uint32_t first = tid_x() / group_channels;
+  uint32_t row = first / tiles_x, col = first % tiles_x, channel = tid_x() % group_channels;
   float count = 0.0f, mean = 0.0f, m2 = 0.0f;
-#pragma unroll 4
-  while (tile < tiles) {
-    const uint32_t y = tile / tiles_x * kTileH, x = tile % tiles_x * kTileW;
-    const uint32_t rows = p.height - y < kTileH ? p.height - y : kTileH;
-    const uint32_t cols = p.width - x < kTileW ? p.width - x : kTileW;
-    const float* from = partial + (static_cast<size_t>(tile) * p.channels + channel) * 2;
-    const float n = static_cast<float>(rows * cols), delta = from[0] - origin - mean, share = n / (count + n);
-    mean = f_fma(delta, share, mean);
-    m2 += from[1] + delta * delta * count * share;
-    count += n;
-    tile += step_tiles, channel += step_channels;
-    if (channel >= group_channels) channel -= group_channels, tile++;
+  while (row * tiles_x < tiles) {
+    // A merge waits for the one before it; the loads do not.
+    v2u pair[kBatch];
+    float pixels[kBatch];
+#pragma unroll
+    for (int i = 0; i < kBatch; i++) {
+      const uint32_t y = row * kTileH, x = col * kTileW;
+      const uint32_t rows = y >= p.height ? 0 : p.height - y < kTileH ? p.height - y : kTileH;
+      const uint32_t cols = p.width - x < kTileW ? p.width - x : kTileW;
+      pixels[i] = static_cast<float>(rows * cols);
+      if (rows)
+        pair[i] = *reinterpret_cast<const v2u*>(
+            partial + ((static_cast<size_t>(row) * tiles_x + col) * p.channels + channel) * 2);
+      row += step_rows, col += step_cols, channel += step_channels;
+      if (channel >= group_channels) channel -= group_channels, col++;
+      if (col >= tiles_x) col -= tiles_x, row++;
+    }
+#pragma unroll
+    for (int i = 0; i < kBatch; i++) {
+      if (pixels[i] == 0.0f) continue;
+      const float delta = as_f32(pair[i].x) - origin - mean, share = pixels[i] / (count + pixels[i]);
+      mean = f_fma(delta, share, mean);
+      m2 += as_f32(pair[i].y) + delta * delta * count * share;
+      count += pixels[i];
+    }
   }
 
   const float total = static_cast<float>(p.height * p.width) * static_cast<float>(group_channels);

@@ -96,7 +96,7 @@ const TABLE: &[Fast] = &[
     fast("flow_ring_bf16", 320, 223_664, 1, Loads::Bulk, true).late(),
     fast("attention_mma_flash_bf16", 128, 87_040, 2, Loads::Async, true).late(),
     fast("attention_mma_splitkv_bf16", 128, 73_984, 2, Loads::Async, true),
-    fast("conv2d_mma_bf16", 256, 63_616, 2, Loads::Async, true),
+    fast("conv2d_mma_bf16", 128, 76_288, 2, Loads::Async, true),
     fast("vae_attention_mma_bf16", 256, 166_400, 1, Loads::Async, true).late(),
 ];
 
@@ -271,8 +271,9 @@ fn waits_for_weights(code: &[Instruction]) -> usize {
 /// that loop is unrolled.
 const CHUNK_WAITS: usize = 4;
 
-/// Instructions before a wait among which the last fetch must be: addresses and loops lie between.
-const EARLY: usize = 32;
+/// Instructions before a wait among which the last fetch must be: addresses and loops lie between, conv2d's of the whole
+/// patch.
+const EARLY: usize = 128;
 
 /// How many waits for the launches before (`ACQBULK`) there are, and before how many no weight was asked for. ptxas
 /// moved loads of the read-only path below the wait, where the source has them above.
@@ -404,8 +405,8 @@ fn a_kernel_that_is_not_as_designed_is_found() {
         )
     };
     let wrong = |load, between| wrong_instructions(&early, &instructions(&text(load, between))["k"]);
-    assert!(wrong("LDG.E.NA.128", 0).is_empty() && wrong("LDG.E.NA.128", 31).is_empty());
-    assert!(wrong("LDG.E.NA.128", 32)[0].contains("before 1 of 1 waits"));
+    assert!(wrong("LDG.E.NA.128", 0).is_empty() && wrong("LDG.E.NA.128", EARLY - 1).is_empty());
+    assert!(wrong("LDG.E.NA.128", EARLY)[0].contains("before 1 of 1 waits"));
     assert_eq!(wrong("LDG.E.128", 0).len(), 1, "not past L1: activations");
     assert!(wrong_instructions(&early, &kernels["k"])[0].contains("0 of 0"), "no wait at all");
 

@@ -33,10 +33,10 @@ pub static OP: Op = Op {
 /// Rows and columns of a block's tile: `plain` (`kTile`), `mma` (`kTileH`, `kTileW`).
 const TILE_PLAIN: (usize, usize) = (8, 8);
 const TILE_MMA: (usize, usize) = crate::reference::merge_stats::TILE;
-/// Output channels of a block of `plain` (`kBlockN`), and of `mma` where there are no more.
+/// Output channels of a block of `plain` (`kBlockN`), and the fewer that one of `mma` may have; else twice as many.
 const BLOCK_N: usize = 64;
 /// Threads of a block of `plain` and of `mma` (`kThreads`).
-const THREADS: (u32, u32) = (64, 256);
+const THREADS: (u32, u32) = (64, 128);
 /// Channels of a 16-byte access (`kChunk`).
 const CHUNK: usize = 8;
 /// Shared memory that a block may have.
@@ -102,25 +102,39 @@ fn unfit(shape: &Shape) -> Option<String> {
     if shape.ksize == 1 && shape.resample != Resample::Same {
         return Some("1x1 is for a picture of the same size".into());
     }
-    let shared = mma_shared(shape);
+    let shared = mma_shared(shape, 2 * BLOCK_N);
     (shared > MAX_SHARED).then(|| format!("takes {shared} bytes of shared memory, a block has {MAX_SHARED}"))
 }
 
-/// Shared memory of `mma`: two patches, three stages of weights, a norm's coefficients.
-fn mma_shared(shape: &Shape) -> usize {
-    const PITCH: usize = 40;
+/// Shared memory of `mma`: two patches, two stages of weights (a column of taps each) and a norm's coefficients; or the
+/// finished tile and its statistics, which lie in their place. Output channels as in `mma_block_n`.
+fn mma_shared(shape: &Shape, block_n: usize) -> usize {
+    /// Bytes of a slice of a pixel, and of a tap for an output channel.
+    const SLICE: usize = 64;
+    /// Rows of a tile whose statistics are found apart (`kPartRows`).
+    const PART_ROWS: usize = 2;
     let patch = match (shape.ksize, shape.resample) {
         (1, _) => TILE_MMA.0 * TILE_MMA.1,
         (_, Resample::Same) => (TILE_MMA.0 + 2) * (TILE_MMA.1 + 2),
         (_, Resample::Up) => (TILE_MMA.0 / 2 + 2) * (TILE_MMA.1 / 2 + 2),
         (_, Resample::Down) => (TILE_MMA.0 * 2 + 1) * (TILE_MMA.1 * 2 + 1),
     };
-    (2 * patch + 3 * mma_block_n(shape.c_out)) * PITCH * 2 + shape.c_in.saturating_mul(8)
+    let operands = 2 * (patch + shape.ksize * block_n) * SLICE;
+    let tile = TILE_MMA.0 * TILE_MMA.1 * (block_n + CHUNK) * 2;
+    let statistics = TILE_MMA.0 / PART_ROWS * block_n * 2 * size_of::<f32>();
+    operands.saturating_add(shape.c_in.saturating_mul(2 * size_of::<f32>())).max(tile + statistics)
 }
 
-/// Output channels of a block of `mma`.
-fn mma_block_n(c_out: usize) -> usize {
-    if c_out > BLOCK_N { 2 * BLOCK_N } else { BLOCK_N }
+/// Output channels of a block of `mma`: with 128, fewer bytes of shared memory per product. With 64 where there are no
+/// more, where a halved picture's patch leaves no room, and where blocks of 128 would leave an SM with one or none: two
+/// on an SM hide each other's waits.
+fn mma_block_n(sm_count: u32, shape: &Shape) -> usize {
+    let wide = 2 * BLOCK_N;
+    let blocks = partial_tiles(shape.height, shape.width)
+        .saturating_mul(shape.c_out.div_ceil(wide))
+        .saturating_mul(shape.images);
+    let narrow = shape.c_out <= BLOCK_N || shape.resample == Resample::Down || blocks <= sm_count as usize;
+    if narrow { BLOCK_N } else { wide }
 }
 
 /// Checks and records one launch.
@@ -142,7 +156,7 @@ pub fn node(launch: &Launch, label: &str, args: &Args) -> Result<Node> {
         return Err(checks.refuse(reason));
     }
     let (tile, block_n, threads) = match mma {
-        true => (TILE_MMA, mma_block_n(c_out), THREADS.1),
+        true => (TILE_MMA, mma_block_n(launch.sm_count, &args.shape), THREADS.1),
         false => (TILE_PLAIN, BLOCK_N, THREADS.0),
     };
     let tiles = checks.product("tiles", &[height.div_ceil(tile.0), width.div_ceil(tile.1)])?;
@@ -218,7 +232,7 @@ pub fn node(launch: &Launch, label: &str, args: &Args) -> Result<Node> {
     let mut geometry = Geometry::linear(tiles as u32, threads);
     geometry.grid = [tiles as u32, div_ceil(c_out, block_n), params.images];
     if mma {
-        geometry = geometry.with_shared(mma_shared(&args.shape) as u32);
+        geometry = geometry.with_shared(mma_shared(&args.shape, block_n) as u32);
     }
     geometry.dependent = launch.dependent;
     Ok(Node {
@@ -291,6 +305,10 @@ fn cases() -> Vec<Case> {
         (shape(1, 3, 2, 104, 20, 1, Same), norm(13, false, Apart)),
         (shape(1, 2, 18, 24, 16, 3, Up), norm(3, true, No)),
         (shape(1, 5, 3, 72, 13, 3, Down), norm(9, true, No)),
+        // For its blocks of 128 output channels: more tiles than SMs.
+        (shape(8, 1, 2, 40, 72, 3, Same), norm(5, true, InPlace)),
+        (shape(8, 2, 2, 24, 72, 3, Up), norm(3, true, Apart)),
+        (shape(8, 2, 3, 72, 72, 1, Same), norm(9, false, No)),
     ];
     let medium = [
         (shape(2, 16, 24, 64, 64, 3, Same), norm(32, true, InPlace)),
@@ -301,6 +319,8 @@ fn cases() -> Vec<Case> {
         (shape(1, 10, 20, 96, 136, 3, Same), norm(32, true, InPlace)),
         (shape(1, 20, 12, 48, 200, 3, Up), bare),
         (shape(2, 9, 17, 48, 130, 3, Down), norm(12, false, No)),
+        (shape(1, 20, 24, 72, 200, 1, Same), norm(9, true, Apart)),
+        (shape(1, 18, 34, 40, 136, 3, Up), norm(5, true, No)),
     ];
     let real = [
         (shape(1, 32, 32, 512, 512, 3, Same), norm(32, true, InPlace)),
