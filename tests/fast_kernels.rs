@@ -37,12 +37,19 @@ struct Fast {
     tensor_cores: bool,
     /// Whether it asks for weights before it waits for the launches before it.
     early: bool,
+    /// Instructions before that wait among which the last fetch must be.
+    window: usize,
 }
 
 impl Fast {
     /// Of a kernel that has nothing to read before its predecessors have ended, or has full edges to them.
     const fn late(self) -> Fast {
         Fast { early: false, ..self }
+    }
+
+    /// Of a kernel with more than [`EARLY`] instructions between its last fetch and the wait.
+    const fn within(self, window: usize) -> Fast {
+        Fast { window, ..self }
     }
 }
 
@@ -54,7 +61,7 @@ const fn fast(
     loads: Loads,
     tensor_cores: bool,
 ) -> Fast {
-    Fast { symbol, threads, dynamic_shared, blocks_per_sm, loads, tensor_cores, early: true }
+    Fast { symbol, threads, dynamic_shared, blocks_per_sm, loads, tensor_cores, early: true, window: EARLY }
 }
 
 /// Symbol, threads, dynamic shared bytes, blocks per SM, loads, tensor cores.
@@ -96,7 +103,8 @@ const TABLE: &[Fast] = &[
     fast("flow_ring_bf16", 320, 223_664, 1, Loads::Bulk, true).late(),
     fast("attention_mma_flash_bf16", 128, 87_040, 2, Loads::Async, true).late(),
     fast("attention_mma_splitkv_bf16", 128, 73_984, 2, Loads::Async, true),
-    fast("conv2d_mma_bf16", 128, 76_288, 2, Loads::Async, true),
+    // The addresses of the whole patch lie between.
+    fast("conv2d_mma_bf16", 128, 76_288, 2, Loads::Async, true).within(128),
     fast("vae_attention_mma_bf16", 256, 166_400, 1, Loads::Async, true).late(),
 ];
 
@@ -271,19 +279,18 @@ fn waits_for_weights(code: &[Instruction]) -> usize {
 /// that loop is unrolled.
 const CHUNK_WAITS: usize = 4;
 
-/// Instructions before a wait among which the last fetch must be: addresses and loops lie between, conv2d's of the whole
-/// patch.
-const EARLY: usize = 128;
+/// Instructions before a wait among which the last fetch must be: addresses and loops lie between.
+const EARLY: usize = 32;
 
 /// How many waits for the launches before (`ACQBULK`) there are, and before how many no weight was asked for. ptxas
 /// moved loads of the read-only path below the wait, where the source has them above.
-fn waits(code: &[Instruction]) -> (usize, usize) {
+fn waits(code: &[Instruction], window: usize) -> (usize, usize) {
     let weights = |i: &Instruction| {
         let others = ["LDGSTS.", "UBLKCP.", "CCTL.E.PF2"];
         is_weights(i) || others.iter().any(|start| i.mnemonic.starts_with(start))
     };
     let at: Vec<usize> = (0..code.len()).filter(|&i| code[i].mnemonic == "ACQBULK").collect();
-    let late = at.iter().filter(|&&i| !code[i.saturating_sub(EARLY)..i].iter().any(weights)).count();
+    let late = at.iter().filter(|&&i| !code[i.saturating_sub(window)..i].iter().any(weights)).count();
     (at.len(), late)
 }
 
@@ -312,7 +319,7 @@ fn wrong_instructions(row: &Fast, found: &[Instruction]) -> Vec<String> {
     if row.symbol.contains("_stream_") && !(1..=CHUNK_WAITS).contains(&serial) {
         wrong.push(format!("{}: {serial} multiplications wait for newly asked weights", row.symbol));
     }
-    let (waits, late) = waits(found);
+    let (waits, late) = waits(found, row.window);
     if row.early && (waits == 0 || late > 0) {
         wrong.push(format!("{}: no weights are asked for before {late} of {waits} waits", row.symbol));
     }
