@@ -689,18 +689,31 @@ DEV void send_all(const FlowChainParams& p, const Memory& sh, Exchange ex) {
   }
 }
 
-/* x_next = w_next token + b_next: this block's rows, for all branches. */
+/* x_next = w_next token + b_next: this block's rows, for all branches. A warp asks for all of its rows at once. */
 DEV void project_token(const FlowChainParams& p, const Memory& sh, const Pass& pass) {
+  constexpr uint32_t kRows = 5; /* all of a 14B with 128 blocks */
   const Share rows = share(p.hidden, p.rows_hidden);
-  for (uint32_t i = warp_id(); i < rows.count * pass.images.count; i += kWarps) {
-    const uint32_t b = i / rows.count, row = rows.first + i % rows.count;
-    const bf16* w = ptr<const bf16>(p.w_next) + static_cast<size_t>(row) * p.token_dim;
-    float sum = 0.0f;
-    for (uint32_t k = lane_id(); k < p.token_dim; k += 32) sum = f_fma(to_f32(w[k]), sh.x[b * p.token_dim + k], sum);
-    sum = warp_sum(sum) + to_f32(ptr<const bf16>(p.b_next)[row]);
-    if (lane_id() < p.branches)
-      ptr<float>(p.x_next)[(static_cast<size_t>(lane_id()) * p.images + pass.images.first + b) * p.hidden + row] = sum;
-  }
+  const bf16* w = ptr<const bf16>(p.w_next) + static_cast<size_t>(rows.first) * p.token_dim;
+  for (uint32_t b = 0; b < pass.images.count; b++)
+    for (uint32_t r0 = warp_id(); r0 < rows.count; r0 += kRows * kWarps) {
+      float sums[kRows] = {};
+      for (uint32_t k = lane_id(); k < p.token_dim; k += 32) {
+        const float x = sh.x[b * p.token_dim + k];
+#pragma unroll
+        for (uint32_t i = 0; i < kRows; i++) {
+          const uint32_t r = r0 + i * kWarps;
+          if (r < rows.count) sums[i] = f_fma(to_f32(w[static_cast<size_t>(r) * p.token_dim + k]), x, sums[i]);
+        }
+      }
+      warp_sum_all(sums);
+#pragma unroll
+      for (uint32_t i = 0; i < kRows; i++) {
+        const uint32_t row = rows.first + r0 + i * kWarps;
+        if (r0 + i * kWarps >= rows.count || lane_id() >= p.branches) continue;
+        const size_t sequence = static_cast<size_t>(lane_id()) * p.images + pass.images.first + b;
+        ptr<float>(p.x_next)[sequence * p.hidden + row] = sums[i] + to_f32(ptr<const bf16>(p.b_next)[row]);
+      }
+    }
 }
 
 DEV void consume(const FlowChainParams& p, const Memory& sh, Exchange& ex) {
