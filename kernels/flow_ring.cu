@@ -108,6 +108,7 @@ struct Memory {
   bf16* w_in;    /* [rows_width] rows of row_bytes(up_step(K)), zeros behind the last */
   uint8_t* slots;
   float* partial; /* [2, kWarps, kTile, kColumns] */
+  float* own;     /* [rows_width, kColumns] h of this block's rows, the sender's */
   float* stats;   /* [kColumns, kWarps, 2] sums of distances and of their squares */
   uint64_t *full, *empty;                 /* of the slots, of the ring's stages */
   uint64_t *vectors_full, *vectors_empty; /* of `vectors` */
@@ -211,8 +212,8 @@ DEV void produce(const FlowChainParams& p, const Memory& sh) {
           if (lane_id() == 0) mbar_arrive_tx(&sh.full[slot], rows * length * 2);
           const size_t row = m.sizes.rows.first + tile + lane_id();
           if (lane_id() < rows)
-            bulk_g2s_hint(sh.slots + slot * p.stage_bytes + lane_id() * kPitch, m.w + row * m.sizes.inner + k, length * 2,
-                          &sh.full[slot], at.segment < p.resident + p.pinned ? pinned : passing);
+            bulk_g2s_hint(sh.slots + slot * p.stage_bytes + lane_id() * kPitch, m.w + row * m.sizes.inner + k,
+                          length * 2, &sh.full[slot], at.segment < p.resident + p.pinned ? pinned : passing);
         }
       }
     }
@@ -649,6 +650,11 @@ DEV void send_all(const FlowChainParams& p, const Memory& sh, Exchange ex) {
       take_sums(sh, tiles, share(width, p.rows_width), pass.images.count, bias_of(ptr<const bf16>(p.b_in)),
                 [&](uint32_t tile, uint32_t, const Output& o, float one, float two, const Held&) {
                   send_floats(ex, sh.of_width, tile, o, one, two);
+                  float* own = sh.own + (tile * kTile + o.row) * kColumns;
+                  for (uint32_t s = o.column; o.exists && s < pass.count; s += pass.images.count) {
+                    own[s] = one;
+                    if (o.second) own[s + 1] = two;
+                  }
                 });
       next_exchange(p, ex);
       for (uint32_t j = 0; j <= p.blocks; j++) {
@@ -672,16 +678,18 @@ DEV void send_all(const FlowChainParams& p, const Memory& sh, Exchange ex) {
               return Held{down.bias[row], {gate(o.column), gate(o.second ? o.column + 1 : o.column)}};
             },
             [&](uint32_t tile, uint32_t row, const Output& o, float one, float two, const Held& held) {
-              /* Of this block's rows alone, which no words replace before it has sent its own. */
-              const float* h = sh.h + o.column * width + row;
-              const float before[2] = {o.exists ? h[0] : 0.0f, o.exists && o.second ? h[width] : 0.0f};
+              float* own = sh.own + (tile * kTile + o.row) * kColumns + o.column;
+              const float before[2] = {o.exists ? own[0] : 0.0f, o.exists && o.second ? own[1] : 0.0f};
               const float now[2] = {f_fma(to_f32(held.gate[0]), one, before[0]),
                                     f_fma(to_f32(held.gate[1]), two, before[1])};
               send_floats(ex, sh.of_width, tile, o, now[0], now[1]);
 #pragma unroll
-              for (uint32_t r = 0; r < 2; r++)
-                if (keeps && o.exists && (r == 0 || o.second))
-                  ptr<float>(p.h)[static_cast<size_t>(sequence_of(p, pass, o.column + r)) * width + row] = now[r];
+              for (uint32_t r = 0; r < 2; r++) {
+                if (!o.exists || (r == 1 && !o.second)) continue;
+                const size_t sequence = sequence_of(p, pass, o.column + r);
+                own[r] = now[r];
+                if (keeps) ptr<float>(p.h)[sequence * width + row] = now[r];
+              }
             });
         next_exchange(p, ex);
       }
@@ -801,6 +809,7 @@ KERNEL(flow_ring_bf16, FlowChainParams, kThreads, 1) {
   sh.w_in = reinterpret_cast<bf16*>(take(p.rows_width * w_in_bytes));
   sh.partial = reinterpret_cast<float*>(take(2 * kWarps * kTile * kColumns * 4));
   sh.stats = reinterpret_cast<float*>(take(kColumns * kWarps * 2 * 4));
+  sh.own = reinterpret_cast<float*>(take(p.rows_width * kColumns * 4));
   uint32_t* rows_of = reinterpret_cast<uint32_t*>(next);
   sh.of_width = words_for(p.width, p.rows_width, rows_of);
   sh.of_mlp = words_for(p.mlp_width, p.rows_mlp, rows_of);

@@ -105,6 +105,7 @@ fn fixed_bytes(a: &Args, images: usize, rows: Rows) -> usize {
         (MAX_RESIDENT + 2 * MAX_STAGES + 2 + 4) * 8,
         2 * WARPS * TILE * COLUMNS * 4,
         COLUMNS * WARPS * 2 * 4,
+        rows.width.saturating_mul(COLUMNS * 4),
         images.saturating_mul(a.token_dim * 4),
         images.saturating_mul(a.token_dim * 4),
         sequences.saturating_mul(a.token_dim * 4),
