@@ -197,13 +197,14 @@ DEV void rms_of_rows(const Normed<bf16>& h, float* inverse_rms, uint32_t row0, u
 
 /* n elements, a multiple of 8, on their way to shared memory; a thread has those from tid_x() * 8 on. */
 DEV void send_row(bf16* to, const bf16* from, uint32_t n) {
-  constexpr uint32_t kAhead = 4, kApart = kThreads * 8;
+  constexpr uint32_t kApart = kThreads * 8;
+  uint32_t k = tid_x() * 8;
 #pragma unroll 1
-  for (uint32_t k = tid_x() * 8; k < n; k += kAhead * kApart) {
-#pragma unroll
-    for (uint32_t u = 0; u < kAhead; u++)
-      if (k + u * kApart < n) cp_async16(to + k + u * kApart, from + k + u * kApart);
+  for (; k + kApart < n; k += 2 * kApart) {
+    cp_async16(to + k, from + k);
+    cp_async16(to + k + kApart, from + k + kApart);
   }
+  if (k < n) cp_async16(to + k, from + k);
 }
 /* h of rows row0 .. row0 + rows - 1 to shared memory, visible to the block. Everything is asked for at once: a loop of
  * loads into registers waits for memory every few of them, and until it ends no more weights are asked for. */
