@@ -47,15 +47,7 @@ DEV v4u finish8(const Fetched& f, const Normed<bf16>& h, const float* inverse_rm
 DEV void rms_by_warps(const Raw<bf16>&, float*, uint32_t, uint32_t, uint32_t) {}
 DEV void rms_by_warps(const Normed<bf16>& h, float* inverse_rms, uint32_t row0, uint32_t rows, uint32_t inner) {
   for (uint32_t r = warp_id(); r < rows; r += kWarps) {
-    float sum = 0.0f;
-#pragma unroll 10
-    for (uint32_t k = lane_id() * 8; k < inner; k += 256) {
-      float f[8];
-      load8(f, h.x + size_t(row0 + r) * inner + k);
-#pragma unroll
-      for (int i = 0; i < 8; i++) sum += f[i] * f[i];
-    }
-    sum = warp_sum(sum);
+    const float sum = warp_sum(sum_of_squares<256, 10>(h.x + size_t(row0 + r) * inner, lane_id() * 8, inner));
     if (lane_id() == 0) inverse_rms[r] = 1.0f / f_sqrt(sum / float(inner) + h.eps);
   }
   block_sync();

@@ -29,6 +29,25 @@ struct Product {
   uint64_t partial, arrivals; /* stream.cuh */
 };
 
+/* Squares of x[k .. k + 7] and of every eight APART further, below n, in this order. AHEAD times eight are asked for
+ * before the first is used: unrolled, a loop with an unknown end waits at every turn. */
+template <uint32_t APART, uint32_t AHEAD>
+DEV float sum_of_squares(const float* x, uint32_t k, uint32_t n) {
+  float sum = 0.0f;
+#pragma unroll 1
+  for (; k < n; k += AHEAD * APART) {
+    float f[AHEAD][8] = {};
+#pragma unroll
+    for (uint32_t u = 0; u < AHEAD; u++)
+      if (k + u * APART < n) load8(f[u], x + k + u * APART);
+#pragma unroll
+    for (uint32_t u = 0; u < AHEAD; u++)
+#pragma unroll
+      for (int i = 0; i < 8; i++) sum += f[u][i] * f[u][i];
+  }
+  return sum;
+}
+
 /* normalise8 (gemv.cuh) packed, w being norm_w from k on: two elements per rounding, and what is rounded stays so. */
 DEV v4u normalise8_packed(const float (&x)[8], const Normed<bf16>& h, v4u w, float inverse_rms, uint32_t k) {
   const uint32_t weight[4] = {w.x, w.y, w.z, w.w};

@@ -156,25 +156,13 @@ DEV void release_chunk(Ring& r, uint32_t) {
  * of the weights on their way. */
 DEV void rms_of_rows(const Normed<bf16>& h, float* inverse_rms, uint32_t row0, uint32_t rows, uint32_t inner) {
   SMEM(float, partial, kStepRows * kWarps);
-  constexpr uint32_t kAhead = 3, kApart = kThreads * 8;
 #pragma unroll 1
   for (uint32_t r = 0; r < rows; r += 2) {
     float sum[2] = {};
 #pragma unroll
     for (uint32_t i = 0; i < 2; i++) {
-      if (r + i >= rows) continue;
-      const float* x = h.x + size_t(row0 + r + i) * inner;
-#pragma unroll 1
-      for (uint32_t k = tid_x() * 8; k < inner; k += kAhead * kApart) {
-        float f[kAhead][8] = {};
-#pragma unroll
-        for (uint32_t u = 0; u < kAhead; u++)
-          if (k + u * kApart < inner) load8(f[u], x + k + u * kApart);
-#pragma unroll
-        for (uint32_t u = 0; u < kAhead; u++)
-#pragma unroll
-          for (int j = 0; j < 8; j++) sum[i] += f[u][j] * f[u][j];
-      }
+      if (r + i < rows)
+        sum[i] = sum_of_squares<kThreads * 8, 3>(h.x + size_t(row0 + r + i) * inner, tid_x() * 8, inner);
     }
 #pragma unroll
     for (uint32_t o = 16; o; o >>= 1) {
