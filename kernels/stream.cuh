@@ -327,15 +327,17 @@ DEV void stream(const Product& p, Activations activations, Emit emit) {
   for (uint32_t t = block.first / per_tile + warp_id(); t < end_tile; t += kWarps) {
     const Steps tile = {t * per_tile, (t + 1) * per_tile};
     const bool shared = tile.first < block.first || tile.end > block.end;
-    /* All warps in turn, without asking by a division which ones have a part. */
+    /* Of all warps at once, without asking by a division which ones have a part. */
+    v4u part[kWarps];
+#pragma unroll
+    for (uint32_t w = 0; w < kWarps; w++) part[w] = ld_v4(slot(w, tile.end > share_of(block, w, kWarps).end));
     float sum[4] = {};
     bool emitted = false;
 #pragma unroll
     for (uint32_t w = 0; w < kWarps; w++) {
       const Steps steps = share_of(block, w, kWarps);
       emitted |= steps.first <= tile.first && tile.end <= steps.end;
-      if (steps.first < steps.end && steps.first < tile.end && tile.first < steps.end)
-        add_to(sum, ld_v4(slot(w, tile.end > steps.end)));
+      if (steps.first < steps.end && steps.first < tile.end && tile.first < steps.end) add_to(sum, part[w]);
     }
     if (emitted) continue;
     const size_t group = size_t(bid_y()) * nbid_x();
