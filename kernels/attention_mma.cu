@@ -188,44 +188,117 @@ DEV void flash(const AttentionParams& p) {
   }
 }
 
-/* Adds the partial results of all splits of `heads` query heads; factors is [kHeads][kMaxSplits + 1]. */
+/* Over the aligned group of W lanes that a lane is in, for all of `v`: their shuffles do not wait for one another. */
+template <int W, int N>
+DEV void group_max_all(float (&v)[N]) {
+#pragma unroll
+  for (int o = W / 2; o; o >>= 1)
+#pragma unroll
+    for (int i = 0; i < N; i++) v[i] = f_max(v[i], shfl_xor(v[i], o));
+}
+template <int W, int N>
+DEV void group_sum_all(float (&v)[N]) {
+#pragma unroll
+  for (int o = W / 2; o; o >>= 1)
+#pragma unroll
+    for (int i = 0; i < N; i++) v[i] += shfl_xor(v[i], o);
+}
+
+/* A head's columns once its slots are added: D / 4 lanes share a head, four columns each. */
 template <int D>
-DEV void combine(const float* partial, bf16* out, uint32_t heads, uint32_t splits, float* factors) {
-  for (uint32_t head = warp_id(); head < heads; head += kWarps) {
-    const float* mine = partial + size_t(head) * splits * (D + 2) + D;
-    float* factor = factors + head * (kMaxSplits + 1);
-    float max = as_f32(kMinusInfinity), denominator = 0.0f;
-    for (uint32_t s = lane_id(); s < splits; s += 32) max = f_max(max, ld_cg_f32(mine + size_t(s) * (D + 2)));
-    max = warp_max(max);
-    for (uint32_t s = lane_id(); s < splits; s += 32) {
-      factor[s] = shrink(ld_cg_f32(mine + size_t(s) * (D + 2)), max);
-      denominator += ld_cg_f32(mine + size_t(s) * (D + 2) + 1) * factor[s];
+struct Columns {
+  static constexpr uint32_t kLanes = D / 4, kAtOnce = kThreads / kLanes, kRounds = kHeads / kAtOnce;
+};
+DEV void add_scaled(float (&sum)[4], v4u u, float factor) {
+  sum[0] = f_fma(as_f32(u.x), factor, sum[0]);
+  sum[1] = f_fma(as_f32(u.y), factor, sum[1]);
+  sum[2] = f_fma(as_f32(u.z), factor, sum[2]);
+  sum[3] = f_fma(as_f32(u.w), factor, sum[3]);
+}
+
+/* Adds the partial results of all splits of `heads` query heads: values [heads][splits][D], maxima and sums
+ * [heads][splits][2]; factors is [kHeads][kMaxSplits]. One block does it while the next launch waits, so everything
+ * that kAhead splits left is asked for before anything is used: one latency of L2, not one per head and split. */
+template <int D>
+DEV void combine(const float* values, const float* max_sum, bf16* out, uint32_t heads, uint32_t splits,
+                 float* factors) {
+  using Its = Columns<D>;
+  constexpr int kRounds = Its::kRounds, kEach = kMaxSplits / Its::kLanes, kAhead = 16;
+  const uint32_t lane = tid_x() % Its::kLanes, first = tid_x() / Its::kLanes;
+  float of_split[kRounds * kEach], weight[kRounds * kEach], max[kRounds * kEach], denominator[kRounds] = {};
+  v4u held[kRounds][kAhead];
+#pragma unroll
+  for (int r = 0; r < kRounds; r++) {
+    const uint32_t head = first + r * Its::kAtOnce;
+    const float* from = max_sum + (head * splits + lane) * 2;
+#pragma unroll
+    for (int e = 0; e < kEach; e++) {
+      const int i = r * kEach + e;
+      of_split[i] = as_f32(kMinusInfinity), weight[i] = 0.0f;
+      if (head < heads && lane + e * Its::kLanes < splits) {
+        of_split[i] = ld_cg_f32(from + e * Its::kLanes * 2);
+        weight[i] = ld_cg_f32(from + e * Its::kLanes * 2 + 1);
+      }
     }
-    denominator = warp_sum(denominator);
-    if (lane_id() == 0) factor[kMaxSplits] = 1.0f / denominator;
   }
-  block_sync();
-  for (uint32_t i = tid_x(); i < heads * D; i += kThreads) {
-    const float* factor = factors + i / D * (kMaxSplits + 1);
-    const float* from = partial + size_t(i / D) * splits * (D + 2) + i % D;
-    float sum = 0.0f;
-#pragma unroll 8
-    for (uint32_t s = 0; s < splits; s++) sum = f_fma(ld_cg_f32(from + size_t(s) * (D + 2)), factor[s], sum);
-    out[i] = to_bf16(sum * factor[kMaxSplits]);
+  /* Beyond the last split comes the last one again, with a factor of 0: cheaper than a condition per load. */
+  const auto ask = [&](int r, uint32_t s0) {
+    const uint32_t head = first + r * Its::kAtOnce, most = splits - 1 - s0;
+    const float* from = values + (head * splits + s0) * D + lane * 4;
+#pragma unroll
+    for (uint32_t s = 0; s < kAhead; s++) held[r][s] = ld_cg_v4(from + (s < most ? s : most) * D);
+  };
+#pragma unroll
+  for (int r = 0; r < kRounds; r++)
+    if (first + r * Its::kAtOnce < heads) ask(r, 0);
+
+  /* A lane's own maximum comes after the exchange: before, ptxas has it wait above the loads of the values. */
+#pragma unroll
+  for (int i = 0; i < kRounds * kEach; i++) max[i] = of_split[i];
+  group_max_all<Its::kLanes>(max);
+#pragma unroll
+  for (int r = 0; r < kRounds; r++) {
+    float of_all = max[r * kEach];
+#pragma unroll
+    for (int e = 1; e < kEach; e++) of_all = f_max(of_all, max[r * kEach + e]);
+#pragma unroll
+    for (int e = 0; e < kEach; e++) {
+      const float factor = shrink(of_split[r * kEach + e], of_all); /* of a split that there is not: 0 */
+      factors[(first + r * Its::kAtOnce) * kMaxSplits + lane + e * Its::kLanes] = factor;
+      denominator[r] += weight[r * kEach + e] * factor;
+    }
+  }
+  group_sum_all<Its::kLanes>(denominator);
+  warp_sync();
+#pragma unroll
+  for (int r = 0; r < kRounds; r++) {
+    const uint32_t head = first + r * Its::kAtOnce;
+    if (head >= heads) continue;
+    float sum[4] = {};
+#pragma unroll 1
+    for (uint32_t s0 = 0; s0 < splits; s0 += kAhead) {
+      if (s0) ask(r, s0);
+#pragma unroll
+      for (int s = 0; s < kAhead; s++) add_scaled(sum, held[r][s], factors[head * kMaxSplits + s0 + s]);
+    }
+    const float inverse = 1.0f / denominator[r];
+    *reinterpret_cast<v2u*>(out + head * D + lane * 4) =
+        v2u{pack_bf16(sum[0] * inverse, sum[1] * inverse), pack_bf16(sum[2] * inverse, sum[3] * inverse)};
   }
 }
 
 template <int D>
 DEV void splitkv(const AttentionParams& p) {
   constexpr uint32_t kPitch = D + kPad, kChunks = D / 8, kTile = kSlots * kPitch;
-  SMEM_DYN(bf16, smem); /* q [16][d + 8], then k and v of every warp [2][32][d + 8]; later [kWarps][kHeads][d] float */
-  SMEM(float, warp_max_of, kWarps * kHeads);
-  SMEM(float, warp_sum_of, kWarps * kHeads);
-  SMEM(float, factors, kHeads * (kMaxSplits + 1));
+  SMEM_DYN(bf16, smem); /* q [16][d + 8], then k and v of every warp [2][32][d + 8]; its sums replace them */
+  SMEM(float, warp_max_of, kHeads * kWarps);
+  SMEM(float, warp_sum_of, kHeads * kWarps);
+  SMEM(float, factors, kHeads * kMaxSplits);
   SMEM(uint32_t, arrived_last, 1);
   bf16 *q_tile = smem, *k_tile = smem + 16 * kPitch + warp_id() * 2 * kTile, *v_tile = k_tile + kTile;
   const uint32_t group = p.heads_q / p.heads_kv, tid = tid_x(), lane = lane_id();
   const uint32_t row = bid_x() / p.heads_kv, kv_head = bid_x() % p.heads_kv, split = bid_y();
+  const size_t first_head = size_t(row) * p.heads_q + kv_head * group; /* of M * Q */
 
   /* Nobody writes weights. */
   for (uint64_t line = (uint64_t(bid_y()) * nbid_x() + bid_x()) * kThreads + tid; line * kLine < p.prefetch_bytes;
@@ -234,39 +307,40 @@ DEV void splitkv(const AttentionParams& p) {
   griddep_launch();
   griddep_wait();
   const uint32_t seq = ptr<const uint32_t>(p.row_seq)[row], length = ptr<const uint32_t>(p.row_pos)[row] + 1;
+  /* Rows of heads that do not exist are zeros; nobody stores their sums. */
+#pragma unroll
+  for (uint32_t i = 0; i < 16 * kChunks / kThreads; i++) {
+    const uint32_t head = i * (kThreads / kChunks) + tid / kChunks, c = tid % kChunks * 8;
+    const bf16* q = ptr<const bf16>(p.q) + (first_head + head) * D + c;
+    cp_async16(q_tile + head * kPitch + c, q, head < group);
+  }
+  cp_async_commit();
   const uint32_t share = (length + p.splits - 1) / p.splits, lo = split * share;
   const uint32_t hi = lo + share < length ? lo + share : length;
   const size_t cache = (size_t(seq) * p.heads_kv + kv_head) * p.capacity * D;
   const bf16 *k = ptr<const bf16>(p.k_cache) + cache, *v = ptr<const bf16>(p.v_cache) + cache;
-  const size_t first_head = size_t(row) * p.heads_q + kv_head * group; /* of M * Q */
   const float scale = p.scale * kLog2e;
 
+  /* Addresses a constant apart, the last ones perhaps past the cache: there nothing is read. */
   const auto send = [&](bf16* to, const bf16* from, uint32_t base) {
+    const uint32_t slot = base + lane / kChunks, c = lane % kChunks * 8;
+    const bf16* source = from + size_t(slot) * D + c;
+    bf16* target = to + lane / kChunks * kPitch + c;
 #pragma unroll
-    for (uint32_t i = lane; i < kSlots * kChunks; i += 32) {
-      const uint32_t slot = base + i / kChunks, c = i % kChunks * 8;
-      const bool known = slot < hi;
-      cp_async16(to + i / kChunks * kPitch + c, from + (known ? size_t(slot) * D + c : 0), known);
-    }
-    cp_async_commit();
+    for (uint32_t i = 0; i < kSlots; i += 32 / kChunks)
+      cp_async16(target + i * kPitch, source + i * D, slot + i < hi);
   };
-  uint32_t base = lo + warp_id() * kSlots;
-  if (base < hi) {
-    send(k_tile, k, base);
-    send(v_tile, v, base);
-  }
-  /* Rows of heads that do not exist are zeros; nobody stores their sums. */
-  for (uint32_t i = tid; i < 16 * kChunks; i += kThreads) {
-    const uint32_t head = i / kChunks, c = i % kChunks * 8;
-    const v4u zero{0, 0, 0, 0};
-    const bf16* q = ptr<const bf16>(p.q) + (first_head + head) * D + c;
-    st_v4(q_tile + head * kPitch + c, head < group ? ld_v4(q) : zero);
-  }
+  const uint32_t first = lo + warp_id() * kSlots;
+  if (first < hi) send(k_tile, k, first);
+  cp_async_commit();
+  if (first < hi) send(v_tile, v, first);
+  cp_async_commit();
+  cp_async_wait<2>();
   block_sync();
 
   float o[1][D / 8][4] = {}, max = as_f32(kMinusInfinity), sum = 0.0f; /* of head lane / 4 */
 #pragma unroll 1
-  for (; base < hi; base += kWarps * kSlots) {
+  for (uint32_t base = first; base < hi; base += kWarps * kSlots) {
     cp_async_wait<1>();
     warp_sync();
     float s[1][kSlots / 8][4] = {};
@@ -292,10 +366,13 @@ DEV void splitkv(const AttentionParams& p) {
         sum += s[0][n][j];
         s[0][n][2 + j] = 0.0f; /* rows 8 to 15 */
       }
+    /* The branch also keeps the wait for v behind the scores: ptxas moves it up as far as it can. */
+    if (base != first) {
 #pragma unroll
-    for (int n = 0; n < D / 8; n++)
+      for (int n = 0; n < D / 8; n++)
 #pragma unroll
-      for (int j = 0; j < 2; j++) o[0][n][j] *= factor;
+        for (int j = 0; j < 2; j++) o[0][n][j] *= factor;
+    }
     cp_async_wait<0>();
     warp_sync();
     weigh<D>(o, s, v_tile);
@@ -303,46 +380,54 @@ DEV void splitkv(const AttentionParams& p) {
     const uint32_t next = base + kWarps * kSlots;
     if (next < hi) {
       send(k_tile, k, next);
+      cp_async_commit();
       send(v_tile, v, next);
+      cp_async_commit();
     }
   }
   sum = warp_sum<4>(sum);
 
-  /* Warps into the block. */
-  block_sync();
-  float* sums = reinterpret_cast<float*>(smem);
+  /* Warps into the block: a warp's sums go where its own k was. Rows are eight banks apart. */
+  const auto sums_of = [&](uint32_t warp) { return reinterpret_cast<float*>(smem + 16 * kPitch + warp * 2 * kTile); };
 #pragma unroll
   for (int n = 0; n < D / 8; n++)
-#pragma unroll
-    for (int j = 0; j < 2; j++)
-      sums[(warp_id() * kHeads + lane / 4) * D + n * 8 + lane % 4 * 2 + j] = o[0][n][j];
+    *reinterpret_cast<v2u*>(sums_of(warp_id()) + lane / 4 * kPitch + n * 8 + lane % 4 * 2) =
+        v2u{as_u32(o[0][n][0]), as_u32(o[0][n][1])};
   if (lane % 4 == 0) {
-    warp_max_of[warp_id() * kHeads + lane / 4] = max;
-    warp_sum_of[warp_id() * kHeads + lane / 4] = sum;
+    warp_max_of[lane / 4 * kWarps + warp_id()] = max;
+    warp_sum_of[lane / 4 * kWarps + warp_id()] = sum;
   }
   block_sync();
+  using Its = Columns<D>;
   bf16* out = ptr<bf16>(p.out) + first_head * D;
-  float* partial = ptr<float>(p.partial) + first_head * p.splits * (D + 2);
-  for (uint32_t i = tid; i < group * D; i += kThreads) {
-    const uint32_t head = i / D, j = i % D;
-    float block_max = as_f32(kMinusInfinity), block_sum = 0.0f, total = 0.0f;
+  float* values = ptr<float>(p.partial) + first_head * p.splits * D;
+  float* max_sum = ptr<float>(p.partial) + (size_t(p.rows) * p.heads_q * D + first_head * 2) * p.splits;
 #pragma unroll
-    for (uint32_t w = 0; w < kWarps; w++) block_max = f_max(block_max, warp_max_of[w * kHeads + head]);
+  for (uint32_t r = 0; r < Its::kRounds; r++) {
+    const uint32_t head = r * Its::kAtOnce + tid / Its::kLanes, j = tid % Its::kLanes; /* and every kLanes further */
+    if (head >= group) break;
+    float of_warp[kWarps], weight[kWarps], total[4] = {};
+    unpack_vec<float>(ld_v4(warp_max_of + head * kWarps), of_warp);
+    unpack_vec<float>(ld_v4(warp_sum_of + head * kWarps), weight);
+    float block_max = as_f32(kMinusInfinity), block_sum = 0.0f;
+#pragma unroll
+    for (uint32_t w = 0; w < kWarps; w++) block_max = f_max(block_max, of_warp[w]);
 #pragma unroll
     for (uint32_t w = 0; w < kWarps; w++) {
-      const float factor = shrink(warp_max_of[w * kHeads + head], block_max);
-      block_sum = f_fma(warp_sum_of[w * kHeads + head], factor, block_sum);
-      total = f_fma(sums[(w * kHeads + head) * D + j], factor, total);
+      const float factor = shrink(of_warp[w], block_max);
+      block_sum = f_fma(weight[w], factor, block_sum);
+#pragma unroll
+      for (uint32_t i = 0; i < 4; i++)
+        total[i] = f_fma(sums_of(w)[head * kPitch + j + i * Its::kLanes], factor, total[i]);
     }
     if (p.splits == 1) {
-      out[i] = to_bf16(total / block_sum);
+#pragma unroll
+      for (uint32_t i = 0; i < 4; i++) out[head * D + j + i * Its::kLanes] = to_bf16(total[i] / block_sum);
     } else {
-      float* to = partial + (size_t(head) * p.splits + split) * (D + 2);
-      to[j] = total;
-      if (j == 0) {
-        to[D] = block_max;
-        to[D + 1] = block_sum;
-      }
+      const size_t at = size_t(head) * p.splits + split;
+#pragma unroll
+      for (uint32_t i = 0; i < 4; i++) values[at * D + j + i * Its::kLanes] = total[i];
+      if (j == 0) *reinterpret_cast<v2u*>(max_sum + at * 2) = v2u{as_u32(block_max), as_u32(block_sum)};
     }
   }
   if (p.splits == 1) return;
@@ -352,7 +437,7 @@ DEV void splitkv(const AttentionParams& p) {
   if (tid == 0) arrived_last[0] = atom_add_acqrel(arrivals, 1) == p.splits - 1;
   block_sync();
   if (!arrived_last[0]) return;
-  combine<D>(partial, out, group, p.splits, factors);
+  combine<D>(values, max_sum, out, group, p.splits, factors);
   if (tid == 0) *arrivals = 0;
 }
 

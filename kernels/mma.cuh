@@ -23,9 +23,9 @@ static constexpr uint32_t kMmaStages = 4;
 static constexpr uint32_t kMmaStageBytes = kMmaTiles * kMmaSteps * kStepBytes;
 static constexpr uint32_t kMmaStepElements = kMmaRows * kStepK;
 
-/* Eight elements of a row on their way: as they lie in memory, then as h. */
+/* Eight elements of a row on their way: as they lie in memory, with the norm's weights, then as h. */
 struct Fetched {
-  v4u part[2];
+  v4u part[3];
 };
 DEV void fetch8(Fetched& f, const Raw<bf16>& h, size_t row, uint32_t k, uint32_t inner) {
   f.part[0] = ld_v4(h.in + row * inner + k);
@@ -33,28 +33,21 @@ DEV void fetch8(Fetched& f, const Raw<bf16>& h, size_t row, uint32_t k, uint32_t
 DEV void fetch8(Fetched& f, const Normed<bf16>& h, size_t row, uint32_t k, uint32_t inner) {
   f.part[0] = ld_v4(h.x + row * inner + k);
   f.part[1] = ld_v4(h.x + row * inner + k + 4);
+  f.part[2] = ld_v4(h.norm_w + k);
 }
 DEV v4u finish8(const Fetched& f, const Raw<bf16>&, const float*, uint32_t) { return f.part[0]; }
 DEV v4u finish8(const Fetched& f, const Normed<bf16>& h, const float* inverse_rms, uint32_t k) {
   float v[8];
 #pragma unroll
   for (int i = 0; i < 2; i++) unpack_vec<float>(f.part[i], *reinterpret_cast<float(*)[4]>(v + i * 4));
-  normalise8(v, h, *inverse_rms, k);
-  return {pack_bf16(v[0], v[1]), pack_bf16(v[2], v[3]), pack_bf16(v[4], v[5]), pack_bf16(v[6], v[7])};
+  return normalise8_packed(v, h, f.part[2], *inverse_rms, k);
 }
 
 /* inverse_rms of the block's rows, a warp per row. */
 DEV void rms_by_warps(const Raw<bf16>&, float*, uint32_t, uint32_t, uint32_t) {}
 DEV void rms_by_warps(const Normed<bf16>& h, float* inverse_rms, uint32_t row0, uint32_t rows, uint32_t inner) {
   for (uint32_t r = warp_id(); r < rows; r += kWarps) {
-    float sum = 0.0f;
-    for (uint32_t k = lane_id() * 8; k < inner; k += 256) {
-      float f[8];
-      load8(f, h.x + size_t(row0 + r) * inner + k);
-#pragma unroll
-      for (int i = 0; i < 8; i++) sum += f[i] * f[i];
-    }
-    sum = warp_sum(sum);
+    const float sum = warp_sum(sum_of_squares<256, 10>(h.x + size_t(row0 + r) * inner, lane_id() * 8, inner));
     if (lane_id() == 0) inverse_rms[r] = 1.0f / f_sqrt(sum / float(inner) + h.eps);
   }
   block_sync();
@@ -134,13 +127,29 @@ DEV void mma_product(const Product& p, Activations activations, Emit emit) {
 #pragma unroll
       for (uint32_t i = 0; i < 4; i++)
         a[i / 2][i % 2] = ld_v4(w + (i / 2 * kMmaSteps + s) * kStepBytes + i % 2 * (kStepBytes / 2) + lane_id() * 16);
+      /* Four at a time where there are four: one by one, every load of b and every pair of products is waited for. */
 #pragma unroll
-      for (uint32_t j = 0; j < 8; j++) {
-        const uint32_t row = (2 * j + parity) * kStepRows;
-        if (row >= rows) break;
-        const v4u b = ld_v4(from + s * kMmaStepElements + row * kStepK);
+      for (uint32_t j0 = 0; j0 < 8; j0 += 4) {
+        const bf16* at = from + s * kMmaStepElements + (2 * j0 + parity) * kStepRows * kStepK;
+        if ((2 * j0 + 6 + parity) * kStepRows < rows) {
+          v4u b[4];
 #pragma unroll
-        for (int i = 0; i < 2; i++) multiply_step(sums[i][j], a[i][0], a[i][1], b);
+          for (uint32_t j = 0; j < 4; j++) b[j] = ld_v4(at + 2 * j * kStepRows * kStepK);
+#pragma unroll
+          for (uint32_t half = 0; half < 2; half++)
+#pragma unroll
+            for (uint32_t j = 0; j < 4; j++)
+#pragma unroll
+              for (uint32_t i = 0; i < 2; i++) multiply_half(sums[i][j0 + j], a[i][half], b[j], half);
+        } else {
+#pragma unroll
+          for (uint32_t j = 0; j < 3; j++) {
+            if ((2 * (j0 + j) + parity) * kStepRows >= rows) break;
+            const v4u b = ld_v4(at + 2 * j * kStepRows * kStepK);
+#pragma unroll
+            for (int i = 0; i < 2; i++) multiply_step(sums[i][j0 + j], a[i][0], a[i][1], b);
+          }
+        }
       }
     }
   }

@@ -29,12 +29,52 @@ struct Product {
   uint64_t partial, arrivals; /* stream.cuh */
 };
 
-/* low and high: the lane's 16 bytes of the step's first and second multiplication. */
+/* Squares of x[k .. k + 7] and of every eight APART further, below n, in this order. AHEAD times eight are asked for
+ * before the first is used: unrolled, a loop with an unknown end waits at every turn. */
+template <uint32_t APART, uint32_t AHEAD>
+DEV float sum_of_squares(const float* x, uint32_t k, uint32_t n) {
+  float sum = 0.0f;
+#pragma unroll 1
+  for (; k < n; k += AHEAD * APART) {
+    float f[AHEAD][8] = {};
+#pragma unroll
+    for (uint32_t u = 0; u < AHEAD; u++)
+      if (k + u * APART < n) load8(f[u], x + k + u * APART);
+#pragma unroll
+    for (uint32_t u = 0; u < AHEAD; u++)
+#pragma unroll
+      for (int i = 0; i < 8; i++) sum += f[u][i] * f[u][i];
+  }
+  return sum;
+}
+
+/* normalise8 (gemv.cuh) packed, w being norm_w from k on: two elements per rounding, and what is rounded stays so. */
+DEV v4u normalise8_packed(const float (&x)[8], const Normed<bf16>& h, v4u w, float inverse_rms, uint32_t k) {
+  const uint32_t weight[4] = {w.x, w.y, w.z, w.w};
+  uint32_t out[4];
+#pragma unroll
+  for (int i = 0; i < 4; i++) {
+    const uint32_t unit = pack_bf16(x[2 * i] * inverse_rms, x[2 * i + 1] * inverse_rms);
+    out[i] = pack_bf16(bf_lo(unit) * bf_lo(weight[i]), bf_hi(unit) * bf_hi(weight[i]));
+  }
+  if (h.add) {
+    const v4u u = ld_v4(h.add + k);
+    const uint32_t add[4] = {u.x, u.y, u.z, u.w};
+#pragma unroll
+    for (int i = 0; i < 4; i++)
+      out[i] = pack_bf16(bf_lo(out[i]) + bf_lo(add[i]), bf_hi(out[i]) + bf_hi(add[i]));
+  }
+  return {out[0], out[1], out[2], out[3]};
+}
+
+/* w: the lane's 16 bytes of the step's first or second multiplication, whose part of h is the first or second half. */
+DEV void multiply_half(float (&sum)[4], v4u w, v4u h, uint32_t half SITE_) {
+  const uint32_t a[4] = {w.x, w.y, w.z, w.w}, b[2] = {half ? h.z : h.x, half ? h.w : h.y};
+  mma_bf16_16816(sum, a, b PASS_);
+}
 DEV void multiply_step(float (&sum)[4], v4u low, v4u high, v4u h SITE_) {
-  const uint32_t a[4] = {low.x, low.y, low.z, low.w}, b[4] = {high.x, high.y, high.z, high.w};
-  const uint32_t h_low[2] = {h.x, h.y}, h_high[2] = {h.z, h.w};
-  mma_bf16_16816(sum, a, h_low PASS_);
-  mma_bf16_16816(sum, b, h_high PASS_);
+  multiply_half(sum, low, h, 0 PASS_);
+  multiply_half(sum, high, h, 1 PASS_);
 }
 
 /* The epilogue of one tile's sums for the rows row0 .. row0+7: a lane has both halves of unit g for two rows. */

@@ -72,7 +72,7 @@ typedef struct {
   uint64_t row_seq;  /* [M] uint32 */
   uint64_t row_pos;  /* [M] uint32: the row sees slots 0..=row_pos */
   uint64_t out;      /* [M, Q, d] E, written */
-  uint64_t partial;  /* [M, Q, splits, d + 2] float: unnormalised sum, then max, then denominator; splits > 1 */
+  uint64_t partial;  /* [M, Q, splits, d + 2] float in the variant's order: sum, max, denominator; splits > 1 */
   uint64_t arrivals; /* [M, G] uint32, zero before and after every launch; splits > 1 */
   uint64_t prefetch; /* weights of the next op, asked into L2 while the cache is awaited (splitkv_mma) */
   uint32_t rows, heads_q, heads_kv, head_dim, capacity, splits;

@@ -3,7 +3,8 @@
  *   x[m, n] += E(w[n, :] in[m, :] + bias[n])                           in [M, K] E, w [D, K] E, x [M, D] float
  *
  * The product is rounded to E before the addition, as a Linear stores it; the sum stays float. Each element of x
- * has one owner, so the in-place addition needs no atomics and gives the same bits every time.
+ * has one owner, so the in-place addition gives the same bits every time. From packed weights and few rows L2 adds: to
+ * load, add and store would be four latencies of memory at the end of every launch, one per element of a lane.
  */
 #pragma once
 #include "product.cuh"
@@ -13,7 +14,13 @@ DEV void project(const ProjectParams& p) {
   const E* bias = ptr<const E>(p.bias);
   float* x = ptr<float>(p.x);
   auto emit = [&](uint32_t row, uint32_t out, float sum) {
-    x[size_t(row) * p.hidden + out] += round_to<E>(bias ? sum + to_f32(bias[out]) : sum);
+    float* to = x + size_t(row) * p.hidden + out;
+    const float more = round_to<E>(bias ? sum + to_f32(bias[out]) : sum);
+    if constexpr (LOOP == Loop::kStream || LOOP == Loop::kRing) {
+      red_add_f32(to, more);
+    } else {
+      *to += more;
+    }
   };
 
   const Product shape = {p.rows, p.inner, (p.hidden + 1) / 2, p.inner % 8 == 0 && aligned16(p.in | p.w),

@@ -152,26 +152,27 @@ DEV void release_chunk(Ring& r, uint32_t) {
 }
 
 /* inverse_rms[r] for up to eight rows, by the whole block. Unlike gemv.cuh's the order of a row's sum does not depend
- * on how many rows there are. */
-DEV void rms_of_rows(const Raw<bf16>&, float*, uint32_t, uint32_t, uint32_t) {}
+ * on how many rows there are. A row of 6144 comes in one latency of memory; two rows at once would take the registers
+ * of the weights on their way. */
 DEV void rms_of_rows(const Normed<bf16>& h, float* inverse_rms, uint32_t row0, uint32_t rows, uint32_t inner) {
   SMEM(float, partial, kStepRows * kWarps);
-  float sum[kStepRows] = {};
-  for (uint32_t k = tid_x() * 8; k < inner; k += kThreads * 8) {
+#pragma unroll 1
+  for (uint32_t r = 0; r < rows; r += 2) {
+    float sum[2] = {};
 #pragma unroll
-    for (uint32_t r = 0; r < kStepRows; r++) {
-      if (r >= rows) continue;
-      float f[8];
-      load8(f, h.x + size_t(row0 + r) * inner + k);
-#pragma unroll
-      for (int i = 0; i < 8; i++) sum[r] += f[i] * f[i];
+    for (uint32_t i = 0; i < 2; i++) {
+      if (r + i < rows)
+        sum[i] = sum_of_squares<kThreads * 8, 3>(h.x + size_t(row0 + r + i) * inner, tid_x() * 8, inner);
     }
-  }
 #pragma unroll
-  for (uint32_t r = 0; r < kStepRows; r++) {
-    if (r >= rows) continue;
-    sum[r] = warp_sum(sum[r]);
-    if (lane_id() == 0) partial[r * kWarps + warp_id()] = sum[r];
+    for (uint32_t o = 16; o; o >>= 1) {
+      const float other[2] = {shfl_xor(sum[0], o), shfl_xor(sum[1], o)};
+      sum[0] += other[0], sum[1] += other[1];
+    }
+    if (lane_id() == 0) {
+      partial[r * kWarps + warp_id()] = sum[0];
+      partial[(r + 1) * kWarps + warp_id()] = sum[1];
+    }
   }
   block_sync();
   if (tid_x() < rows) {
@@ -182,17 +183,43 @@ DEV void rms_of_rows(const Normed<bf16>& h, float* inverse_rms, uint32_t row0, u
   block_sync();
 }
 
-/* h of rows row0 .. row0 + rows - 1 to shared memory, visible to the block. */
-template <class H>
-DEV void stage_rows(const H& h, bf16* staged, uint32_t row0, uint32_t rows, uint32_t inner) {
+/* n elements, a multiple of 8, on their way to shared memory; a thread has those from tid_x() * 8 on. */
+DEV void send_row(bf16* to, const bf16* from, uint32_t n) {
+  constexpr uint32_t kApart = kThreads * 8;
+  uint32_t k = tid_x() * 8;
+#pragma unroll 1
+  for (; k + kApart < n; k += 2 * kApart) {
+    cp_async16(to + k, from + k);
+    cp_async16(to + k + kApart, from + k + kApart);
+  }
+  if (k < n) cp_async16(to + k, from + k);
+}
+/* h of rows row0 .. row0 + rows - 1 to shared memory, visible to the block. Everything is asked for at once: a loop of
+ * loads into registers waits for memory every few of them, and until it ends no more weights are asked for. */
+DEV void stage_rows(const Raw<bf16>& h, bf16* staged, uint32_t row0, uint32_t rows, uint32_t inner) {
+  for (uint32_t r = 0; r < rows; r++)
+    send_row(staged + r * staged_stride(inner), h.in + size_t(row0 + r) * inner, inner);
+  cp_async_commit();
+  cp_async_wait<0>();
+  block_sync();
+}
+/* The norm's weights wait in the last row's place: the thread that writes there is the one that has read them. The
+ * statistics have brought x into L1. */
+DEV void stage_rows(const Normed<bf16>& h, bf16* staged, uint32_t row0, uint32_t rows, uint32_t inner) {
   SMEM(float, inverse_rms, kStepRows);
-  rms_of_rows(h, inverse_rms, row0, rows, inner);
   const uint32_t stride = staged_stride(inner);
-  for (uint32_t r = 0; r < rows; r++) {
-    for (uint32_t k = tid_x() * 8; k < inner; k += kThreads * 8) {
+  bf16* norm_w = staged + (rows - 1) * stride;
+  send_row(norm_w, h.norm_w, inner);
+  cp_async_commit();
+  rms_of_rows(h, inverse_rms, row0, rows, inner);
+  cp_async_wait<0>();
+  for (uint32_t k = tid_x() * 8; k < inner; k += kThreads * 8) {
+    const v4u w = ld_v4(norm_w + k);
+#pragma unroll 2
+    for (uint32_t r = 0; r < rows; r++) {
       float f[8];
-      activation8(f, h, inverse_rms + r, row0 + r, k, inner);
-      store8(staged + r * stride + k, f);
+      load8(f, h.x + size_t(row0 + r) * inner + k);
+      st_v4(staged + r * stride + k, normalise8_packed(f, h, w, inverse_rms[r], k));
     }
   }
   block_sync();
@@ -249,13 +276,11 @@ DEV v4u as_v4(const float (&f)[4]) { return {as_u32(f[0]), as_u32(f[1]), as_u32(
 /* Adds what the blocks have of a tile, in their order, if this block is the last to arrive; one warp. `partial`
  * [blocks][head, tail][128] float and `arrivals` [blocks] belong to the group of rows; a tile counts its arrivals at
  * the first of its blocks. Says whether `sum` is the whole tile's now. */
-DEV bool combine_blocks(float (&sum)[4], Steps tile, Steps all, float* partial, uint32_t* arrivals) {
-  const uint32_t blocks = nbid_x(), first = part_of(all, tile.first, blocks),
-                 last = part_of(all, tile.end - 1, blocks);
-  auto slot = [&](uint32_t block) {
-    const bool is_tail = tile.end > share_of(all, block, blocks).end;
-    return partial + (size_t(block) * 2 + (is_tail ? 1 : 0)) * 128 + lane_id() * 4;
-  };
+DEV bool combine_blocks(float (&sum)[4], Steps tile, Steps block, Steps all, float* partial, uint32_t* arrivals) {
+  const uint32_t first = tile.first < block.first ? part_of(all, tile.first, nbid_x()) : bid_x(),
+                 last = tile.end > block.end ? part_of(all, tile.end - 1, nbid_x()) : bid_x();
+  /* Of a tile's blocks all but the last have it at their end. */
+  auto slot = [&](uint32_t of) { return partial + (size_t(of) * 2 + (of < last ? 1 : 0)) * 128 + lane_id() * 4; };
   st_v4(slot(bid_x()), as_v4(sum));
   warp_sync();
   uint32_t arrived = 0;
@@ -265,7 +290,7 @@ DEV bool combine_blocks(float (&sum)[4], Steps tile, Steps all, float* partial, 
   if (arrived != last - first) return false;
 #pragma unroll
   for (int i = 0; i < 4; i++) sum[i] = 0.0f;
-  for (uint32_t block = first; block <= last; block++) add_to(sum, ld_cg_v4(slot(block)));
+  for (uint32_t of = first; of <= last; of++) add_to(sum, ld_cg_v4(slot(of)));
   if (lane_id() == 0) arrivals[first] = 0;
   return true;
 }
@@ -302,16 +327,21 @@ DEV void stream(const Product& p, Activations activations, Emit emit) {
   for (uint32_t t = block.first / per_tile + warp_id(); t < end_tile; t += kWarps) {
     const Steps tile = {t * per_tile, (t + 1) * per_tile};
     const bool shared = tile.first < block.first || tile.end > block.end;
-    const uint32_t from = part_of(block, tile.first < block.first ? block.first : tile.first, kWarps);
-    const uint32_t to = part_of(block, (tile.end > block.end ? block.end : tile.end) - 1, kWarps);
-    if (!shared && from == to) continue;
+    /* Of all warps at once, without asking by a division which ones have a part. */
+    v4u part[kWarps];
+#pragma unroll
+    for (uint32_t w = 0; w < kWarps; w++) part[w] = ld_v4(slot(w, tile.end > share_of(block, w, kWarps).end));
     float sum[4] = {};
-    for (uint32_t w = from; w <= to; w++) {
+    bool emitted = false;
+#pragma unroll
+    for (uint32_t w = 0; w < kWarps; w++) {
       const Steps steps = share_of(block, w, kWarps);
-      if (steps.first < steps.end) add_to(sum, ld_v4(slot(w, tile.end > steps.end)));
+      emitted |= steps.first <= tile.first && tile.end <= steps.end;
+      if (steps.first < steps.end && steps.first < tile.end && tile.first < steps.end) add_to(sum, part[w]);
     }
+    if (emitted) continue;
     const size_t group = size_t(bid_y()) * nbid_x();
-    if (!shared || combine_blocks(sum, tile, all, ptr<float>(p.partial) + group * 256,
+    if (!shared || combine_blocks(sum, tile, block, all, ptr<float>(p.partial) + group * 256,
                                   ptr<uint32_t>(p.arrivals) + group)) {
       whole(sum, t);
     }

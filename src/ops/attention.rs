@@ -81,7 +81,7 @@ pub fn default_variant(
 /// Scratch of `splitkv` and `splitkv_mma`, shared by all layers.
 #[derive(Clone, Copy, Debug)]
 pub struct SplitScratch {
-    /// `[rows, heads_q, splits, head_dim + 2]` f32.
+    /// `[rows, heads_q, splits, head_dim + 2]` f32; aligned to 16 bytes for `splitkv_mma`.
     pub partial: Span,
     /// `[rows, heads_kv]` u32, zero before the first launch.
     pub arrivals: Span,
@@ -219,6 +219,12 @@ pub fn node(launch: &Launch, label: &str, args: &Args) -> Result<Node> {
             let partial =
                 checks.span("partial", s.partial, 4, &[a.rows, a.heads_q, s.splits, a.head_dim + 2])?;
             let arrivals = checks.span("arrivals", s.arrivals, 4, &[a.rows, a.heads_kv])?;
+            if split_mma && !partial.ptr.0.is_multiple_of(16) {
+                return Err(Error::Internal(format!(
+                    "op attention: partial at {:#x} is not 16-byte aligned",
+                    partial.ptr.0
+                )));
+            }
             writes.extend([partial, arrivals]);
             scratch = (partial.ptr.0, arrivals.ptr.0);
         }

@@ -121,7 +121,7 @@ pub struct AttentionParams {
     pub row_pos: u64,
     /// [M, Q, d] E, written
     pub out: u64,
-    /// [M, Q, splits, d + 2] float: unnormalised sum, then max, then denominator; splits > 1
+    /// [M, Q, splits, d + 2] float in the variant's order: sum, max, denominator; splits > 1
     pub partial: u64,
     /// [M, G] uint32, zero before and after every launch; splits > 1
     pub arrivals: u64,
