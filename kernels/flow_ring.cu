@@ -621,7 +621,6 @@ DEV void take_sums(const Memory& sh, uint32_t& tiles, Share rows, uint32_t colum
       Held held = {};
       if (o.exists) held = prefetch(row, o);
       mbar_wait(&sh.partial_full[half], parity);
-      warp_sync();
       v2u part[kWarps];
 #pragma unroll
       for (uint32_t w = 0; w < kWarps; w++)

@@ -34,6 +34,10 @@ DEV void gate_up(const GateUpParams& p) {
                          p.w_gate,
                          p.partial,
                          p.arrivals};
+  /* Prompts have their rows normed before (norm_rows.cu). */
+  if constexpr (LOOP == Loop::kMma) {
+    if (!p.norm_w) return product<LOOP, E>(shape, [&] { return Raw<E>{ptr<const E>(p.x)}; }, weight, emit);
+  }
   auto activations = [&] { return Normed<E>{ptr<const float>(p.x), ptr<const E>(p.norm_w), nullptr, p.eps}; };
   product<LOOP, E>(shape, activations, weight, emit);
 }

@@ -178,6 +178,7 @@ fn nodes(
     let qkv = ops::qkv::Args {
         x,
         norm_w: w.norms[0].span,
+        normed: None,
         w: tiles(w.packed.qkv),
         bias: Some(w.qkv_bias.span),
         rope: rope.span,
@@ -218,6 +219,7 @@ fn nodes(
     let gate_up = ops::gate_up::Args {
         x,
         norm_w: w.norms[1].span,
+        normed: None,
         w: ops::gate_up::Weights::Tiles(w.packed.gate_up),
         gate_bias: None,
         up_bias: None,

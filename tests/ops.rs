@@ -95,6 +95,7 @@ fn a_row_of_a_packed_product_has_the_same_bits_beside_any_others() {
             let args = gate_up::Args {
                 x: x.span.slice(first * HIDDEN * 4, rows * HIDDEN * 4),
                 norm_w: norm_w.span,
+                normed: None,
                 w: gate_up::Weights::Tiles(w),
                 gate_bias: None,
                 up_bias: None,

@@ -27,6 +27,15 @@ struct Layer {
     down_bias: Option<Span>,
 }
 
+impl Layer {
+    fn gate_up_layout(&self) -> Layout {
+        match self.gate_up {
+            ops::gate_up::Weights::Rows { .. } => Layout::Rows,
+            ops::gate_up::Weights::Tiles(_) => Layout::Tiles,
+        }
+    }
+}
+
 /// Weights of the transformer and of the projectors around it.
 pub struct Backbone {
     embed: Span,
@@ -62,6 +71,8 @@ pub struct Rows {
     pub row_seq: Span,
     /// `[M]` u32: cache slot of each row.
     pub row_pos: Span,
+    /// `[M, D]`: the rows of a prompt, normed for the product at hand.
+    pub normed: Option<Span>,
     /// `[M, Q, d]`: queries.
     pub q: Span,
     /// `[M, Q, d]`: attention output.
@@ -205,12 +216,28 @@ impl Backbone {
     /// `launch` chooses.
     pub fn rows_alike(&self, launch: &Launch<'_>, rows: usize) -> Result<bool> {
         let Some(layer) = self.layers.first() else { return Ok(true) };
-        let gate_up = match &layer.gate_up {
-            ops::gate_up::Weights::Rows { .. } => Layout::Rows,
-            ops::gate_up::Weights::Tiles(_) => Layout::Tiles,
-        };
         Ok(product::rows_alike(&ops::qkv::OP, launch, layer.qkv.layout, rows)?
-            && product::rows_alike(&ops::gate_up::OP, launch, gate_up, rows)?)
+            && product::rows_alike(&ops::gate_up::OP, launch, layer.gate_up_layout(), rows)?)
+    }
+
+    /// The rows normed in memory of their own, if there is some and the product takes them so.
+    fn record_norm(
+        &self,
+        launch: &Launch<'_>,
+        list: &mut NodeList,
+        name: &dyn Fn(&str) -> String,
+        (op, layout): (&'static ops::Op, Layout),
+        norm_w: Span,
+        rows: &Rows,
+    ) -> Result<Option<Span>> {
+        let Some(h) = rows.normed else { return Ok(None) };
+        if !product::takes_normed(op, launch, layout, rows.rows)? {
+            return Ok(None);
+        }
+        let (hidden, eps) = (self.dims.hidden, self.dims.eps);
+        let args = ops::norm_rows::Args { x: rows.x, norm_w, h, rows: rows.rows, hidden, eps };
+        list.push(ops::norm_rows::node(launch, &name("norm_rows"), &args)?);
+        Ok(Some(h))
     }
 
     /// Number of decoder layers.
@@ -256,9 +283,18 @@ impl Backbone {
             let name = |op: &str| format!("{label}.layer{i}.{op}");
             let k_cache = cache.keys.slice(i * layer_bytes, layer_bytes);
             let v_cache = cache.values.slice(i * layer_bytes, layer_bytes);
+            let normed = self.record_norm(
+                launch,
+                list,
+                &name,
+                (&ops::qkv::OP, layer.qkv.layout),
+                layer.input_norm,
+                rows,
+            )?;
             let qkv = ops::qkv::Args {
                 x: rows.x,
                 norm_w: layer.input_norm,
+                normed,
                 w: layer.qkv,
                 bias: layer.qkv_bias,
                 rope: cache.rope,
@@ -309,9 +345,12 @@ impl Backbone {
                 scratch: rows.scratch,
             };
             list.push(ops::o_proj::node(launch, &name("o_proj"), &o_proj)?);
+            let gate_up = (&ops::gate_up::OP, layer.gate_up_layout());
+            let normed = self.record_norm(launch, list, &name, gate_up, layer.post_norm, rows)?;
             let gate_up = ops::gate_up::Args {
                 x: rows.x,
                 norm_w: layer.post_norm,
+                normed,
                 w: layer.gate_up,
                 gate_bias: layer.gate_bias,
                 up_bias: layer.up_bias,

@@ -56,6 +56,9 @@ pub struct Args {
     pub x: Span,
     /// `[hidden_size]`
     pub norm_w: Span,
+    /// `[rows, hidden_size]`: the rows normed by [`norm_rows`](super::norm_rows), for `mma` alone, which then reads
+    /// neither `x` nor `norm_w`.
+    pub normed: Option<Span>,
     /// Gate and up.
     pub w: Weights,
     /// `[intermediate_size]`
@@ -87,8 +90,7 @@ pub fn node(launch: &Launch, label: &str, args: &Args) -> Result<Node> {
     let product = Product::new(&OP, launch, layout, shape, a.scratch)?;
     let checks = product.checks;
     let e = launch.dtype.bytes();
-    let x = checks.span("x", a.x, 4, &[a.rows, a.hidden])?;
-    let norm_w = checks.span("norm_w", a.norm_w, e, &[a.hidden])?;
+    let (rows, [x, norm_w]) = product.normed_rows((a.x, a.norm_w), a.normed, launch.dtype, shape)?;
     let weight = |name, span| product.weight(name, span, launch.dtype, a.intermediate, shape);
     let (w_gate, w_up) = match a.w {
         Weights::Rows { gate, up } => (weight("w_gate", gate)?, Some(weight("w_up", up)?)),
@@ -97,11 +99,10 @@ pub fn node(launch: &Launch, label: &str, args: &Args) -> Result<Node> {
     let gate_bias = checks.optional("gate_bias", a.gate_bias, e, &[a.intermediate])?;
     let up_bias = checks.optional("up_bias", a.up_bias, e, &[a.intermediate])?;
     let act = checks.span("act", a.act, e, &[a.rows, a.intermediate])?;
-    product.aligned(&[("x", x), ("norm_w", norm_w)])?;
     let [partial, arrivals] = product.scratch();
     let params = GateUpParams {
-        x: x.ptr.0,
-        norm_w: norm_w.ptr.0,
+        x,
+        norm_w,
         w_gate: w_gate.ptr.0,
         w_up: shared::address(w_up),
         gate_bias: shared::address(gate_bias),
@@ -115,7 +116,7 @@ pub fn node(launch: &Launch, label: &str, args: &Args) -> Result<Node> {
         eps: a.eps,
     };
     let optional = [w_up, gate_bias, up_bias].into_iter().flatten();
-    Ok(product.node(label, &params, [x, norm_w, w_gate].into_iter().chain(optional), [act]))
+    Ok(product.node(label, &params, rows.into_iter().chain([w_gate]).chain(optional), [act]))
 }
 
 /// One test shape.
@@ -188,6 +189,7 @@ fn run(
     let args = Args {
         x: x.span,
         norm_w: norm_w.span,
+        normed: None,
         w,
         gate_bias: gate_bias.as_ref().map(|b| b.span),
         up_bias: up_bias.as_ref().map(|b| b.span),
@@ -200,6 +202,13 @@ fn run(
     };
     rig.run(&node(launch, "test.gate_up", &args)?)?;
     let got = rig.read(act, dtype)?;
+    let mut checks = Vec::new();
+    if variant == "mma" {
+        let normed = Some(product::norm_rows(rig, launch, (x.span, norm_w.span), (s.rows, s.hidden))?);
+        let act = rig.output("act of normed rows", dtype, s.rows * s.intermediate)?;
+        rig.run(&node(launch, "test.gate_up", &Args { normed, act, ..args })?)?;
+        checks.push(product::same_bits("act of normed rows", &got, &rig.read(act, dtype)?));
+    }
     let inputs = GateUp {
         x: &x.values,
         norm_weight: &norm_w.values,
@@ -215,7 +224,8 @@ fn run(
         DType::F32 => gate_up::<PlainF32>(&inputs),
         DType::Bf16 => gate_up::<PlainBf16>(&inputs),
     };
-    Ok(vec![compare("act", dtype, &got, &exact, &plain)])
+    checks.push(compare("act", dtype, &got, &exact, &plain));
+    Ok(checks)
 }
 
 /// Both weights on the device, as `variant` reads them, and their values.

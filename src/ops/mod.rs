@@ -20,6 +20,7 @@ pub mod harness;
 pub mod linear;
 pub mod lm_head;
 pub mod merge_stats;
+pub mod norm_rows;
 pub mod o_proj;
 pub mod out_proj;
 pub mod params;
@@ -130,6 +131,7 @@ macro_rules! kernels {
 static OPS: &[&Op] = &[
     &encode_latent::OP,
     &embed::OP,
+    &norm_rows::OP,
     &qkv::OP,
     &attention::OP,
     &o_proj::OP,

@@ -64,11 +64,28 @@ pub struct GatherRowsParams {
 }
 const _: () = assert!(size_of::<GatherRowsParams>() == 32);
 
+/// h[m, :] = E(E(x[m, :] / rms(x[m, :])) \* norm_w)
+#[repr(C)]
+#[derive(Debug, Default, Copy, Clone, bytemuck::Pod, bytemuck::Zeroable)]
+pub struct NormRowsParams {
+    /// [M, D] float: residual stream
+    pub x: u64,
+    /// [D] E
+    pub norm_w: u64,
+    /// [M, D] E, written
+    pub h: u64,
+    pub rows: u32,
+    pub hidden: u32,
+    pub eps: f32,
+    pub pad: u32,
+}
+const _: () = assert!(size_of::<NormRowsParams>() == 40);
+
 /// h = E(rms(x)) \* norm_w; (q, k, v) = w h + bias; q, k rotated; k, v into the cache
 #[repr(C)]
 #[derive(Debug, Default, Copy, Clone, bytemuck::Pod, bytemuck::Zeroable)]
 pub struct QkvParams {
-    /// [M, D] float: residual stream
+    /// [M, D] float: residual stream; or [M, D] E: h, where norm_w is null (mma)
     pub x: u64,
     /// [D] E
     pub norm_w: u64,
@@ -166,7 +183,7 @@ const _: () = assert!(size_of::<ProjectParams>() == 64);
 #[repr(C)]
 #[derive(Debug, Default, Copy, Clone, bytemuck::Pod, bytemuck::Zeroable)]
 pub struct GateUpParams {
-    /// [M, D] float
+    /// [M, D] float: residual stream; or [M, D] E: h, where norm_w is null (mma)
     pub x: u64,
     /// [D] E
     pub norm_w: u64,

@@ -4,7 +4,7 @@
 //! `plain` and `tile` read weights as they are stored; `stream`, `ring` and `mma` read one packed copy
 //! ([`weights::pack`](crate::weights::pack)), bf16 only, which serves decoding and prompts alike.
 
-use super::harness::{Case, Check, Rig, Scale, encode};
+use super::harness::{Case, Check, Rig, Scale, encode, within};
 use super::shared::{self, Checks};
 use super::{DType, Form, Launch, Op, Variant, div_ceil};
 use crate::device::{Geometry, KernelId, Node, ParamBytes, Span};
@@ -125,6 +125,11 @@ pub fn rows_alike(op: &'static Op, launch: &Launch, layout: Layout, rows: usize)
     };
     let last = rows % block_rows;
     Ok(last == 0 || last >= shared::ROW_GROUP)
+}
+
+/// Whether `op`, which has a norm fused, takes `rows` rows that [`norm_rows`](super::norm_rows) has normed before.
+pub fn takes_normed(op: &'static Op, launch: &Launch, layout: Layout, rows: usize) -> Result<bool> {
+    Ok(chosen_variant(op, launch, layout, rows)?.name == "mma")
 }
 
 /// A product about to be launched: its variant, checked against shape and layout.
@@ -254,6 +259,30 @@ impl Product {
         }
     }
 
+    /// The rows of a product with a norm fused: what it reads, the address of the norm's weights (0 for none) behind
+    /// that of the rows.
+    pub fn normed_rows(
+        &self,
+        (x, norm_w): (Span, Span),
+        normed: Option<Span>,
+        dtype: DType,
+        shape: Shape,
+    ) -> Result<(Vec<Span>, [u64; 2])> {
+        let [rows, hidden] = [shape.rows, shape.inner];
+        let Some(h) = normed else {
+            let x = self.checks.span("x", x, 4, &[rows, hidden])?;
+            let norm_w = self.checks.span("norm_w", norm_w, dtype.bytes(), &[hidden])?;
+            self.aligned(&[("x", x), ("norm_w", norm_w)])?;
+            return Ok((vec![x, norm_w], [x.ptr.0, norm_w.ptr.0]));
+        };
+        if self.variant.name != "mma" {
+            return Err(self.checks.refuse("norms its rows itself, only mma takes normed ones"));
+        }
+        let h = self.checks.span("normed", h, dtype.bytes(), &[rows, hidden])?;
+        self.aligned(&[("normed", h)])?;
+        Ok((vec![h], [h.ptr.0, 0]))
+    }
+
     /// Addresses of the partial sums and the counters, 0 where the variant takes none.
     pub fn scratch(&self) -> [u64; 2] {
         self.scratch.map_or([0; 2], |spans| spans.map(|s| s.ptr.0))
@@ -277,6 +306,33 @@ impl Product {
             writes: writes.into_iter().chain(scratch).collect(),
         }
     }
+}
+
+/// A case's rows, normed beforehand: from `x` and `norm_w` of (rows, hidden).
+pub(super) fn norm_rows(
+    rig: &mut Rig,
+    launch: &Launch,
+    (x, norm_w): (Span, Span),
+    (rows, hidden): (usize, usize),
+) -> Result<Span> {
+    let h = rig.output("normed", launch.dtype, rows * hidden)?;
+    let args = super::norm_rows::Args { x, norm_w, h, rows, hidden, eps: 1e-6 };
+    rig.run(&super::norm_rows::node(launch, "test.norm_rows", &args)?)?;
+    Ok(h)
+}
+
+/// Passes if both outputs have the same bits.
+pub(super) fn same_bits(output: &str, got: &[f32], again: &[f32]) -> Check {
+    // Half of the bits as a number, then the others: a float holds 24.
+    let halves = |values: &[f32]| -> Vec<f32> {
+        values
+            .iter()
+            .flat_map(|v| [v.to_bits() >> 16, v.to_bits() & 0xffff])
+            .map(|half| half as f32)
+            .collect()
+    };
+    let expected: Vec<f64> = halves(got).into_iter().map(f64::from).collect();
+    within(output, &halves(again), &expected, 0.0)
 }
 
 /// Stages of the ring beside `staged` bytes: half an SM's worth if that is deep enough, else all there is.

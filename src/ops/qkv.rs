@@ -45,6 +45,9 @@ pub struct Args {
     pub x: Span,
     /// `[hidden_size]`
     pub norm_w: Span,
+    /// `[rows, hidden_size]`: the rows normed by [`norm_rows`](super::norm_rows), for `mma` alone, which then reads
+    /// neither `x` nor `norm_w`.
+    pub normed: Option<Span>,
     /// `[(heads_q + 2 heads_kv) * head_dim, hidden_size]`
     pub w: Weight,
     /// `[(heads_q + 2 heads_kv) * head_dim]`
@@ -101,8 +104,7 @@ pub fn node(launch: &Launch, label: &str, args: &Args) -> Result<Node> {
     let product = Product::new(&OP, launch, a.w.layout, shape, a.scratch)?;
     let checks = product.checks;
     let cache = [a.sequences, a.heads_kv, a.capacity, a.head_dim];
-    let x = checks.span("x", a.x, 4, &[a.rows, a.hidden])?;
-    let norm_w = checks.span("norm_w", a.norm_w, e, &[a.hidden])?;
+    let (rows, [x, norm_w]) = product.normed_rows((a.x, a.norm_w), a.normed, launch.dtype, shape)?;
     let w = product.weight("w", a.w.span, launch.dtype, outputs, shape)?;
     let bias = checks.optional("bias", a.bias, e, &[outputs])?;
     let rope = checks.span("rope", a.rope, 4, &[a.positions, a.head_dim])?;
@@ -112,11 +114,10 @@ pub fn node(launch: &Launch, label: &str, args: &Args) -> Result<Node> {
     let q = checks.span("q", a.q, e, &[a.rows, a.heads_q, a.head_dim])?;
     let k_cache = checks.span("k_cache", a.k_cache, e, &cache)?;
     let v_cache = checks.span("v_cache", a.v_cache, e, &cache)?;
-    product.aligned(&[("x", x), ("norm_w", norm_w)])?;
     let [partial, arrivals] = product.scratch();
     let params = QkvParams {
-        x: x.ptr.0,
-        norm_w: norm_w.ptr.0,
+        x,
+        norm_w,
         w: w.ptr.0,
         bias: shared::address(bias),
         rope: rope.ptr.0,
@@ -137,7 +138,7 @@ pub fn node(launch: &Launch, label: &str, args: &Args) -> Result<Node> {
         positions: checks.dim("positions", a.positions)?,
         eps: a.eps,
     };
-    let reads = [x, norm_w, w, rope, row_seq, row_pos, rope_offset].into_iter().chain(bias);
+    let reads = rows.into_iter().chain([w, rope, row_seq, row_pos, rope_offset]).chain(bias);
     Ok(product.node(label, &params, reads, [q, k_cache, v_cache]))
 }
 
@@ -257,33 +258,38 @@ fn run(
     let q = rig.output("q", dtype, rows * s.heads_q * s.head_dim)?;
     let k_cache = rig.output("k_cache", dtype, cache_len)?;
     let v_cache = rig.output("v_cache", dtype, cache_len)?;
-    rig.run(&node(
-        launch,
-        "test.qkv",
-        &Args {
-            x: x.span,
-            norm_w: norm_w.span,
-            w,
-            bias: bias.as_ref().map(|b| b.span),
-            rope: rope.span,
-            row_seq,
-            row_pos,
-            rope_offset,
-            q,
-            k_cache,
-            v_cache,
-            rows,
-            sequences,
-            hidden: s.hidden,
-            heads_q: s.heads_q,
-            heads_kv: s.heads_kv,
-            head_dim: s.head_dim,
-            capacity: s.capacity,
-            positions,
-            eps: 1e-6,
-            scratch,
-        },
-    )?)?;
+    let args = Args {
+        x: x.span,
+        norm_w: norm_w.span,
+        normed: None,
+        w,
+        bias: bias.as_ref().map(|b| b.span),
+        rope: rope.span,
+        row_seq,
+        row_pos,
+        rope_offset,
+        q,
+        k_cache,
+        v_cache,
+        rows,
+        sequences,
+        hidden: s.hidden,
+        heads_q: s.heads_q,
+        heads_kv: s.heads_kv,
+        head_dim: s.head_dim,
+        capacity: s.capacity,
+        positions,
+        eps: 1e-6,
+        scratch,
+    };
+    rig.run(&node(launch, "test.qkv", &args)?)?;
+    let mut same = None;
+    if variant == "mma" {
+        let normed = Some(product::norm_rows(rig, launch, (x.span, norm_w.span), (rows, s.hidden))?);
+        let again = rig.output("q of normed rows", dtype, rows * s.heads_q * s.head_dim)?;
+        rig.run(&node(launch, "test.qkv", &Args { normed, q: again, ..args })?)?;
+        same = Some(product::same_bits("q of normed rows", &rig.read(q, dtype)?, &rig.read(again, dtype)?));
+    }
 
     let inputs = Qkv {
         x: &x.values,
@@ -317,9 +323,10 @@ fn run(
         let place = |p| if in_cache { cached(of(p)) } else { of(p).to_vec() };
         Ok(compare(name, dtype, &rig.read(span, dtype)?, &place(&exact), &place(&plain)))
     };
-    Ok(vec![
+    let checks = [
         check("q", q, |p| &p.q, false)?,
         check("k_cache", k_cache, |p| &p.k, true)?,
         check("v_cache", v_cache, |p| &p.v, true)?,
-    ])
+    ];
+    Ok(checks.into_iter().chain(same).collect())
 }

@@ -142,7 +142,7 @@ pub(super) fn cases() -> Vec<Case> {
 }
 
 /// Widths of whole 32: tiles and segments with tails, every number of sequences and branches, more than one pass.
-fn ring_small() -> [Shape; 8] {
+fn ring_small() -> [Shape; 9] {
     [
         Shape { steps: 1, branches: 1, blocks: 1, token_dim: 16, noise: Noise::None, ..BASE },
         Shape { steps: 4, width: 64, mlp_width: 96, blocks: 1, ..BASE },
@@ -163,6 +163,8 @@ fn ring_small() -> [Shape; 8] {
         },
         Shape { steps: 3, width: 32, mlp_width: 64, forced: true, noise: Noise::All, blocks: 1, ..BASE },
         Shape { steps: 1, blocks: 1, width: 64, mlp_width: 64, offset: 1000.0, ..BASE },
+        // More segments than there are stages, and in an evaluation than may stay: the ring goes round.
+        Shape { steps: 4, width: 32, mlp_width: 64, blocks: 8, token_dim: 16, ..BASE },
         // Eight sequences and one.
         Shape {
             steps: 1,
