@@ -122,6 +122,7 @@ fn decoder_layer(bench: &mut Bench, variant: &str, row_counts: &[usize]) {
         let qkv = ops::qkv::Args {
             x,
             norm_w,
+            normed: None,
             w: tiles(w_qkv),
             bias: Some(bias),
             rope,
@@ -159,6 +160,7 @@ fn decoder_layer(bench: &mut Bench, variant: &str, row_counts: &[usize]) {
         let gate_up = ops::gate_up::Args {
             x,
             norm_w,
+            normed: None,
             w: ops::gate_up::Weights::Tiles(w_gate_up),
             gate_bias: None,
             up_bias: None,

@@ -171,6 +171,7 @@ mod tests {
         qkv::Args {
             x: span(0),
             norm_w: span(1),
+            normed: None,
             w: span(2).into(),
             bias: Some(span(3)),
             rope: span(4),
