@@ -415,6 +415,15 @@ template <class E>
 DEV float round_to(float f) {
   return to_f32(from_f32<E>(f));
 }
+// x * sigmoid(x), for a result that is stored as E. Rounding to bf16 is 2^-9 off, the approximations 2^-17 at most; the
+// exact division and exp are forty instructions, for each output of a prompt's product.
+template <class E>
+DEV float silu(float x) {
+  if constexpr (sizeof(E) == 4)
+    return x / (1.0f + f_exp(-x));
+  else
+    return fast_div(x, 1.0f + fast_exp(-x));
+}
 
 // 16 bytes of E as floats.
 template <class E>

@@ -114,7 +114,7 @@ DEV void run_phase(const FlowChainParams& p, const Shared& sh, const Phase<E>& p
         [&](uint32_t row, uint32_t o, float sum, Residual held) {
           float* out = phase.out + static_cast<size_t>(row) * phase.m.outputs + o;
           if (kind == Kind::kUp)
-            *out = silu(sum);
+            *out = silu<float>(sum);
           else if (kind == Kind::kDown)
             *out = f_fma(held.gate, sum, held.h);
           else if (kind == Kind::kVelocity)

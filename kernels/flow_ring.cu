@@ -56,8 +56,6 @@ DEV uint32_t staged_bytes(const FlowChainParams& p) {
   return row_bytes(wide > token ? wide : token);
 }
 DEV v2u ld_v2(const void* p) { return *static_cast<const v2u*>(p); }
-/* x * sigmoid(x), by approximations good to some units of the last place of a float: it is rounded to E. */
-DEV float fast_silu(float x) { return fast_div(x, 1.0f + fast_exp(-x)); }
 
 /* A block's rows of a product. */
 struct Share {
@@ -664,7 +662,7 @@ DEV void send_all(const FlowChainParams& p, const Memory& sh, Exchange ex) {
                     if (last)
                       send_pairs(ex, sh.of_token, tile, o, one, two);
                     else
-                      send_pairs(ex, sh.of_mlp, tile, o, fast_silu(one), fast_silu(two));
+                      send_pairs(ex, sh.of_mlp, tile, o, silu<bf16>(one), silu<bf16>(two));
                   });
         next_exchange(p, ex);
         if (last) break;

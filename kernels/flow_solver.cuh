@@ -13,7 +13,6 @@ static constexpr uint32_t kWarps = 8;
 static constexpr float kNormEps = 1e-6f;
 
 DEV uint32_t umin(uint32_t a, uint32_t b) { return a < b ? a : b; }
-DEV float silu(float x) { return x / (1.0f + f_exp(-x)); }
 
 DEV uint32_t sequences(const FlowChainParams& p) { return p.images * p.branches; }
 /* Outputs of flow_modulation per sequence. */

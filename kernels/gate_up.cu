@@ -23,7 +23,7 @@ DEV void gate_up(const GateUpParams& p) {
   auto emit = [&](uint32_t row, uint32_t unit, float gate, float up) {
     gate = round_to<E>(gate_bias ? gate + to_f32(gate_bias[unit]) : gate);
     up = round_to<E>(up_bias ? up + to_f32(up_bias[unit]) : up);
-    act[size_t(row) * p.intermediate + unit] = from_f32<E>(round_to<E>(silu(gate)) * up);
+    act[size_t(row) * p.intermediate + unit] = from_f32<E>(round_to<E>(silu<E>(gate)) * up);
   };
 
   /* Packed, both weights are one tensor at w_gate. */

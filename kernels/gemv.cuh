@@ -54,8 +54,6 @@ DEV void store8(E* p, const float (&f)[8]) {
   for (int i = 0; i < 8; i += kVec<E>) store_vec<E>(p + i, *reinterpret_cast<const float(*)[kVec<E>]>(f + i));
 }
 
-DEV float silu(float x) { return x / (1.0f + f_exp(-x)); }
-
 /* h as it lies in memory: [M, K] E. */
 template <class E>
 struct Raw {

@@ -15,7 +15,7 @@ DEV void linear(const LinearParams& p) {
   const E* bias = ptr<const E>(p.bias);
   auto emit = [&](uint32_t row, uint32_t out, float sum) {
     float y = round_to<E>(bias ? sum + to_f32(bias[out]) : sum);
-    if (p.silu) y = round_to<E>(silu(y));
+    if (p.silu) y = round_to<E>(silu<E>(y));
     const size_t at = size_t(row) * p.outputs + out;
     if (p.out_f32) {
       ptr<float>(p.y)[at] = y;
