@@ -4,7 +4,8 @@
  *
  * The product is rounded to E before the addition, as a Linear stores it; the sum stays float. Each element of x
  * has one owner, so the in-place addition gives the same bits every time. From packed weights and few rows L2 adds: to
- * load, add and store would be four latencies of memory at the end of every launch, one per element of a lane.
+ * load, add and store would be four latencies of memory at the end of every launch, one per element of a lane. That
+ * addition takes operands and sums below 2^-126 for zero.
  */
 #pragma once
 #include "product.cuh"
@@ -23,7 +24,7 @@ DEV void project(const ProjectParams& p) {
     }
   };
 
-  const Product shape = {p.rows, p.inner, (p.hidden + 1) / 2, p.inner % 8 == 0 && aligned16(p.in | p.w),
+  const Product shape = {p.rows, p.inner,   (p.hidden + 1) / 2, p.inner % 8 == 0 && aligned16(p.in | p.w),
                          p.w,    p.partial, p.arrivals};
   auto activations = [&] { return Raw<E>{ptr<const E>(p.in)}; };
   row_product<LOOP, E>(shape, p.hidden, activations, emit);

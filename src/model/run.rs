@@ -594,8 +594,8 @@ mod tests {
     use crate::device::emulated::{EmulatedDevice, EmulatedOptions, ReplayOrder};
     use crate::engine::{Engine, EngineOptions, ModelSource};
 
-    /// Two tokens of the demo model with the replays in `order`; `cut` drops one edge of the token list first.
-    fn tokens(order: ReplayOrder, cut: Option<(usize, usize)>) -> Vec<u8> {
+    /// A generation of two tokens of the demo model with the replays in `order`.
+    fn run(order: ReplayOrder) -> Run {
         let options = EmulatedOptions { replay_order: order, ..EmulatedOptions::default() };
         let device: Arc<dyn Device> = Arc::new(EmulatedDevice::new(options).unwrap());
         let engine = Engine::load(&ModelSource::Demo, device.clone(), EngineOptions::default()).unwrap();
@@ -603,7 +603,12 @@ mod tests {
         (request.width, request.height, request.seed) = (32, 16, 3);
         request.sampler.steps = 2;
         let spec = engine.prepare(&request).unwrap().spec;
-        let mut run = Run::new(engine.model.clone(), &device, Selection::default(), spec).unwrap();
+        Run::new(engine.model.clone(), &device, Selection::default(), spec).unwrap()
+    }
+
+    /// What such a generation draws; `cut` drops one edge of the token list first.
+    fn tokens(order: ReplayOrder, cut: Option<(usize, usize)>) -> Vec<u8> {
+        let mut run = run(order);
         let prefill = run.record_prefill(true).unwrap();
         let mut token = run.record_token(false).unwrap();
         if let Some((from, to)) = cut {
@@ -629,5 +634,25 @@ mod tests {
         // Node 1 embeds the condition that node 0 makes.
         let caught = (0..12).any(|seed| tokens(ReplayOrder::Legal(seed), Some((0, 1))) != expected);
         assert!(caught, "no order showed the missing edge");
+    }
+
+    #[test]
+    fn a_prompts_rows_are_normed_once_for_each_product_that_needs_them() {
+        let run = run(ReplayOrder::Recorded);
+        let named = |list: &NodeList, op: &str| {
+            list.nodes().iter().filter(|node| node.label.ends_with(op)).cloned().collect::<Vec<Node>>()
+        };
+        let prefill = run.record_prefill(true).unwrap();
+        let layers = run.model.config.num_hidden_layers;
+        assert_eq!(named(&prefill, "norm_rows").len(), 2 * layers);
+        let x = run.buffers().prefill.x;
+        for op in ["qkv", "gate_up"] {
+            let products = named(&prefill, op);
+            assert_eq!(products.len(), layers, "{op}");
+            let norms = |node: &Node| node.reads.iter().any(|span| span.overlaps(&x));
+            assert!(!products.iter().any(norms), "{op} norms rows itself");
+        }
+        // Few rows are normed by every block on its way.
+        assert!(named(&run.record_token(false).unwrap(), "norm_rows").is_empty());
     }
 }

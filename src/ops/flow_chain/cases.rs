@@ -163,8 +163,9 @@ fn ring_small() -> [Shape; 9] {
         },
         Shape { steps: 3, width: 32, mlp_width: 64, forced: true, noise: Noise::All, blocks: 1, ..BASE },
         Shape { steps: 1, blocks: 1, width: 64, mlp_width: 64, offset: 1000.0, ..BASE },
-        // More segments than there are stages, and in an evaluation than may stay: the ring goes round.
-        Shape { steps: 4, width: 32, mlp_width: 64, blocks: 8, token_dim: 16, ..BASE },
+        // More segments than there are stages, and in an evaluation than may stay: the ring goes round, and is full
+        // before the producer has to wait for a norm to be done with its vectors.
+        Shape { steps: 2, width: 32, mlp_width: 1024, blocks: 3, token_dim: 16, ..BASE },
         // Eight sequences and one.
         Shape {
             steps: 1,
