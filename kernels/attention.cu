@@ -27,10 +27,10 @@ static constexpr uint32_t kMinusInfinity = 0xff800000u;
 
 /* What a block has shared memory for. */
 struct Shared {
-  float* q;          /* [d][kHeads], times scale * log2(e) */
-  float* weights;    /* [kSlots][kHeads]: scores, then weights, then partial sums of slices */
-  float* correction; /* [kHeads]: factor for sums made under the previous maximum */
-  float* max;        /* [kHeads], in units of log2 */
+  float* q;           /* [d][kHeads], times scale * log2(e) */
+  float* weights;     /* [kSlots][kHeads]: scores, then weights, then partial sums of slices */
+  float* correction;  /* [kHeads]: factor for sums made under the previous maximum */
+  float* max;         /* [kHeads], in units of log2 */
   float* denominator; /* [kHeads] */
 };
 
@@ -157,8 +157,8 @@ DEV void attention(const AttentionParams& p) {
 
   for (uint32_t h0 = 0; h0 < group; h0 += kHeads) {
     const uint32_t heads = group - h0 < kHeads ? group - h0 : kHeads;
-    attend(sh, ptr<const E>(p.q) + (first_head + h0) * d, k_head, v_head, heads, d, lo, hi, p.scale, slice,
-           column, slice < slices);
+    attend(sh, ptr<const E>(p.q) + (first_head + h0) * d, k_head, v_head, heads, d, lo, hi, p.scale, slice, column,
+           slice < slices);
     for (uint32_t i = tid_x(); i < heads * d; i += kThreads) {
       const uint32_t head = i / d, j = i % d;
       float sum = 0.0f;

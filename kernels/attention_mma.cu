@@ -327,8 +327,7 @@ DEV void splitkv(const AttentionParams& p) {
     const bf16* source = from + size_t(slot) * D + c;
     bf16* target = to + lane / kChunks * kPitch + c;
 #pragma unroll
-    for (uint32_t i = 0; i < kSlots; i += 32 / kChunks)
-      cp_async16(target + i * kPitch, source + i * D, slot + i < hi);
+    for (uint32_t i = 0; i < kSlots; i += 32 / kChunks) cp_async16(target + i * kPitch, source + i * D, slot + i < hi);
   };
   const uint32_t first = lo + warp_id() * kSlots;
   if (first < hi) send(k_tile, k, first);

@@ -21,10 +21,10 @@
 //   w    -------------------------> weights [tap][c][64 + 4] smem --+--> acc [8 pixels][8 channels] reg --> y
 #include "dev.cuh"
 
-static constexpr int kTile = 8;        // pixels per side of a block's tile; a thread has one row of it
-static constexpr int kBlockN = 64;     // output channels of a block
-static constexpr int kThreadN = 8;     // output channels of a thread
-static constexpr int kThreads = 64;    // 8 rows x 8 groups of channels
+static constexpr int kTile = 8;                   // pixels per side of a block's tile; a thread has one row of it
+static constexpr int kBlockN = 64;                // output channels of a block
+static constexpr int kThreadN = 8;                // output channels of a thread
+static constexpr int kThreads = 64;               // 8 rows x 8 groups of channels
 static constexpr int kWeightPitch = kBlockN + 4;  // lanes with different c write to different banks
 static_assert(kTile * (kBlockN / kThreadN) == kThreads, "one row and one channel group per thread");
 
@@ -92,8 +92,7 @@ DEV void load_weights(const Conv2dParams& p, float* weights, uint32_t c0, uint32
     const bool known = channel < p.c_in && n0 + n < p.c_out;
     const E* w = ptr<const E>(p.w) + static_cast<size_t>(n0 + n) * C::kTaps * p.c_in + channel;
     for (int tap = 0; tap < C::kTaps; tap++)
-      weights[(tap * C::kBlockC + c) * kWeightPitch + n] =
-          known ? to_f32(w[static_cast<size_t>(tap) * p.c_in]) : 0.0f;
+      weights[(tap * C::kBlockC + c) * kWeightPitch + n] = known ? to_f32(w[static_cast<size_t>(tap) * p.c_in]) : 0.0f;
   }
 }
 

@@ -8,8 +8,9 @@
 //  - Spinning goes through ld_acquire, poll_relaxed, poll_relaxed_v4 or mbar_wait: a bare `while (*flag)` never ends on
 //    one core.
 //  - ld_nc_* and load_vec only for data that nobody writes while the launch lives: weights. A dependent launch begins
-//    while its predecessors still write. ld_cg_* for what another block or an earlier launch wrote. Weights that are to be
-//    on their way before griddep_wait: ld_stream_v4, cp_async16, bulk_g2s or prefetch_l2 (tests/fast_kernels.rs looks).
+//    while its predecessors still write. ld_cg_* for what another block or an earlier launch wrote. Weights that are to
+//    be on their way before griddep_wait: ld_stream_v4, cp_async16, bulk_g2s or prefetch_l2 (tests/fast_kernels.rs
+//    looks).
 //  - A shuffle or ballot orders no memory; warp_sync does.
 //  - A function that calls primitives on a kernel's behalf ends its parameters with SITE_ (SITE0 if it has none)
 //    and hands them on with PASS_ (PASS0), so that reports name the kernel's line.
@@ -131,8 +132,8 @@ DEV v2u ld_nc_v2(const void* p) {
   asm volatile("ld.global.nc.v2.u32 {%0,%1}, [%2];" : "=r"(r.x), "=r"(r.y) : "l"(p));
   return r;
 }
-// Weights that are read once. As ld_nc_v4, but it stays above a griddep_wait that follows it: nothing orders loads of the
-// read-only path, so that ptxas moves them below the wait, to where their values are first used.
+// Weights that are read once. As ld_nc_v4, but it stays above a griddep_wait that follows it: nothing orders loads of
+// the read-only path, so that ptxas moves them below the wait, to where their values are first used.
 DEV v4u ld_stream_v4(const void* p) {
   v4u r;
   asm volatile("ld.global.L1::no_allocate.v4.u32 {%0,%1,%2,%3}, [%4];"
@@ -234,10 +235,10 @@ DEV void mbar_wait(uint64_t* bar, uint32_t parity) {
 }
 // `bytes` bytes, a multiple of 16, both addresses 16-byte aligned; completes on `bar`.
 DEV void bulk_g2s(void* dst, const void* src, uint32_t bytes, uint64_t* bar) {
-  asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::"r"(
-                   smem_u32(dst)),
-               "l"(src), "r"(bytes), "r"(smem_u32(bar))
-               : "memory");
+  asm volatile(
+      "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::"r"(smem_u32(dst)),
+      "l"(src), "r"(bytes), "r"(smem_u32(bar))
+      : "memory");
 }
 // Policies for the L2 lines of a bulk copy: the first, or the last, to make room for others. Hints: no value changes.
 DEV uint64_t l2_evict_first() {
@@ -253,8 +254,8 @@ DEV uint64_t l2_evict_last() {
 // bulk_g2s with a policy.
 DEV void bulk_g2s_hint(void* dst, const void* src, uint32_t bytes, uint64_t* bar, uint64_t policy) {
   asm volatile(
-      "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes.L2::cache_hint [%0], [%1], %2, [%3], %4;" ::"r"(
-          smem_u32(dst)),
+      "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes.L2::cache_hint [%0], [%1], %2, [%3], %4;" ::
+          "r"(smem_u32(dst)),
       "l"(src), "r"(bytes), "r"(smem_u32(bar)), "l"(policy)
       : "memory");
 }

@@ -45,16 +45,22 @@ template <class E>
 DEV Phase<E> phase_at(const FlowChainParams& p, uint32_t n, uint32_t i) {
   const size_t width = p.width, mlp_width = p.mlp_width, mod_stride = mod_width(p);
   if (n == p.steps)
-    return {Kind::kState, {ptr<const E>(p.w_next), ptr<const E>(p.b_next), p.hidden, p.token_dim}, {}, nullptr,
+    return {Kind::kState,
+            {ptr<const E>(p.w_next), ptr<const E>(p.b_next), p.hidden, p.token_dim},
+            {},
+            nullptr,
             ptr<float>(p.x_next)};
   if (i == 0)
-    return {Kind::kState, {ptr<const E>(p.w_in), ptr<const E>(p.b_in), p.width, p.token_dim}, {}, nullptr,
-            ptr<float>(p.h)};
+    return {
+        Kind::kState, {ptr<const E>(p.w_in), ptr<const E>(p.b_in), p.width, p.token_dim}, {}, nullptr, ptr<float>(p.h)};
   const size_t m = (i - 1) / 2;
   const E* shift = ptr<const E>(p.mod) + n * sequences(p) * mod_stride + 3 * m * width;
   Norm<E> norm = {nullptr, nullptr, shift, shift + width, mod_stride};
   if (m == p.blocks)
-    return {Kind::kVelocity, {ptr<const E>(p.w_out), ptr<const E>(p.b_out), p.token_dim, p.width}, norm, nullptr,
+    return {Kind::kVelocity,
+            {ptr<const E>(p.w_out), ptr<const E>(p.b_out), p.token_dim, p.width},
+            norm,
+            nullptr,
             ptr<float>(p.v_raw)};
   if (i % 2 == 0)
     return {Kind::kDown,
@@ -120,7 +126,8 @@ DEV void run_phase(const FlowChainParams& p, const Shared& sh, const Phase<E>& p
           else if (kind == Kind::kVelocity)
             *out = round_to<E>(sum);
           else
-            for (uint32_t s = row; s < sequences(p); s += p.images, out += p.images * size_t(phase.m.outputs)) *out = sum;
+            for (uint32_t s = row; s < sequences(p); s += p.images, out += p.images * size_t(phase.m.outputs))
+              *out = sum;
         });
   }
 }

@@ -20,10 +20,10 @@
  *   gmem w    -- 16-byte loads, once, a batch ahead --> reg A [16 outputs][32 k] --------+
  *   gmem time, cond -- add, silu, E --> smem s [160 rows][chunk] E -- 16-byte loads --> B +--> reg sums --> gmem mod
  *
- * A product does not mind the order of its k: lane (g, t) of a warp takes the eight neighbours from 32 i + 8 t of rows g
- * and g + 8 as the A operands of two mma, and the same eight of activation row g as their B operands, so that both come
- * straight from row-major memory. A block owns an even share of the tiles of 16 outputs, a warp one tile at a time, up
- * to 160 rows per pass. Beyond 160 rows every further pass reads w again.
+ * A product does not mind the order of its k: lane (g, t) of a warp takes the eight neighbours from 32 i + 8 t of rows
+ * g and g + 8 as the A operands of two mma, and the same eight of activation row g as their B operands, so that both
+ * come straight from row-major memory. A block owns an even share of the tiles of 16 outputs, a warp one tile at a
+ * time, up to 160 rows per pass. Beyond 160 rows every further pass reads w again.
  *
  * LayerNorm's gain and offset are not folded into scale and shift: a folded w (1 + scale) in bf16 is rounded relative
  * to itself, the scale that it replaces only relative to the scale, so the error of every norm's input would grow three
@@ -234,7 +234,7 @@ DEV void mma_pass(const FlowModulationParams& p, bf16* acts, uint32_t row0, uint
   const uint32_t tiles = (p.outputs + kTile - 1) / kTile, warps = num_warps();
   const uint32_t first = static_cast<uint32_t>(static_cast<uint64_t>(tiles) * bid_x() / nbid_x());
   const uint32_t end = static_cast<uint32_t>(static_cast<uint64_t>(tiles) * (bid_x() + 1) / nbid_x());
-  /* Of a full pass, in every pass: a last one of few rows could stage longer pieces, but in more memory than there is. */
+  /* Of a full pass, in every pass: a last one of few rows could stage longer pieces, in more memory than there is. */
   const uint32_t chunk = act_chunk(at_most(kMmaRows, p.steps * p.rows), p.width), stride = act_stride(chunk);
   const uint32_t g = lane_id() / 4, t = lane_id() % 4;
   for (uint32_t base = first; base < end; base += warps) {

@@ -64,18 +64,18 @@ template <class E>
 DEV void load8(float (&f)[8], const E* p, uint32_t valid, bool vec) {
   if (vec) {
 #pragma unroll
-    for (int i = 0; i < 8; i += kVec<E>) load_vec<E>(p + i, *reinterpret_cast<float(*)[kVec<E>]>(f + i));
+    for (int i = 0; i < 8; i += kVec<E>) load_vec<E>(p + i, *reinterpret_cast<float (*)[kVec<E>]>(f + i));
   } else {
 #pragma unroll
     for (uint32_t i = 0; i < 8; i++) f[i] = i < valid ? to_f32(p[i]) : 0.0f;
   }
 }
-/* The same of what an earlier launch wrote, which may still run when a dependent one begins: not by the read-only path. */
+/* The same of what an earlier launch wrote, which may still run when a dependent one begins: not read-only. */
 template <class E>
 DEV void load8_earlier(float (&f)[8], const E* p, uint32_t valid, bool vec) {
   if (vec) {
 #pragma unroll
-    for (int i = 0; i < 8; i += kVec<E>) load_vec_cg<E>(p + i, *reinterpret_cast<float(*)[kVec<E>]>(f + i));
+    for (int i = 0; i < 8; i += kVec<E>) load_vec_cg<E>(p + i, *reinterpret_cast<float (*)[kVec<E>]>(f + i));
   } else {
 #pragma unroll
     for (uint32_t i = 0; i < 8; i++) f[i] = i < valid ? to_f32(p[i]) : 0.0f;
@@ -84,20 +84,20 @@ DEV void load8_earlier(float (&f)[8], const E* p, uint32_t valid, bool vec) {
 /* The same of floats that another block wrote in this launch. */
 DEV void load8_cg(float (&f)[8], const float* p, uint32_t valid, bool vec) {
   if (vec) {
-    load_vec_cg<float>(p, *reinterpret_cast<float(*)[4]>(f));
-    load_vec_cg<float>(p + 4, *reinterpret_cast<float(*)[4]>(f + 4));
+    load_vec_cg<float>(p, *reinterpret_cast<float (*)[4]>(f));
+    load_vec_cg<float>(p + 4, *reinterpret_cast<float (*)[4]>(f + 4));
   } else {
 #pragma unroll
     for (uint32_t i = 0; i < 8; i++) f[i] = i < valid ? ld_cg_f32(p + i) : 0.0f;
   }
 }
 DEV void load8_staged(float (&f)[8], const float* row, uint32_t k) {
-  load_vec_plain<float>(row + slot(k), *reinterpret_cast<float(*)[4]>(f));
-  load_vec_plain<float>(row + slot(k + 4), *reinterpret_cast<float(*)[4]>(f + 4));
+  load_vec_plain<float>(row + slot(k), *reinterpret_cast<float (*)[4]>(f));
+  load_vec_plain<float>(row + slot(k + 4), *reinterpret_cast<float (*)[4]>(f + 4));
 }
 DEV void store8_staged(float* row, uint32_t k, const float (&f)[8]) {
-  store_vec<float>(row + slot(k), *reinterpret_cast<const float(*)[4]>(f));
-  store_vec<float>(row + slot(k + 4), *reinterpret_cast<const float(*)[4]>(f + 4));
+  store_vec<float>(row + slot(k), *reinterpret_cast<const float (*)[4]>(f));
+  store_vec<float>(row + slot(k + 4), *reinterpret_cast<const float (*)[4]>(f + 4));
 }
 
 /* Elements of a row staged at once: all of them, padded to eight, if they fit. Else a multiple of what the block
@@ -115,8 +115,7 @@ DEV void stage_rows(const Shared& sh, const float* rows, Group g, uint32_t width
       float f[kInFlight][8];
 #pragma unroll
       for (uint32_t r = 0; r < kInFlight; r++)
-        if (r0 + r < g.count)
-          load8_cg(f[r], rows + static_cast<size_t>(g.first + r0 + r) * width + k0 + k, n - k, vec);
+        if (r0 + r < g.count) load8_cg(f[r], rows + static_cast<size_t>(g.first + r0 + r) * width + k0 + k, n - k, vec);
 #pragma unroll
       for (uint32_t r = 0; r < kInFlight; r++)
         if (r0 + r < g.count) store8_staged(sh.staged + (r0 + r) * stride, k, f[r]);
@@ -124,9 +123,9 @@ DEV void stage_rows(const Shared& sh, const float* rows, Group g, uint32_t width
   }
 }
 
-/* sh.norm of the group's rows of h, valid after the caller's next barrier: product has one before it stages. Each thread
- * sums distances from its own first element; the means of threads, then of warps, are combined as in Chan's update, so
- * that an offset that a row's values share does not eat their variance. Leaves h staged if whole rows fit. */
+/* sh.norm of the group's rows of h, valid after the caller's next barrier: product has one before it stages. Each
+ * thread sums distances from its own first element; the means of threads, then of warps, are combined as in Chan's
+ * update, so that an offset that a row's values share does not eat their variance. Leaves h staged if rows fit. */
 DEV void norm_statistics(const Shared& sh, const float* h, Group g, uint32_t width, float eps) {
   const uint32_t chunk = stage_chunk(g.count, width);
   const bool vec = width % 8 == 0 && aligned16(h);

@@ -27,13 +27,9 @@ DEV void gate_up(const GateUpParams& p) {
   };
 
   /* Packed, both weights are one tensor at w_gate. */
-  const Product shape = {p.rows,
-                         p.hidden,
-                         p.intermediate,
-                         p.hidden % 8 == 0 && aligned16(p.x | p.norm_w | p.w_gate | p.w_up),
-                         p.w_gate,
-                         p.partial,
-                         p.arrivals};
+  const Product shape = {
+      p.rows,   p.hidden,  p.intermediate, p.hidden % 8 == 0 && aligned16(p.x | p.norm_w | p.w_gate | p.w_up),
+      p.w_gate, p.partial, p.arrivals};
   /* Prompts have their rows normed before (norm_rows.cu). */
   if constexpr (LOOP == Loop::kMma) {
     if (!p.norm_w) return product<LOOP, E>(shape, [&] { return Raw<E>{ptr<const E>(p.x)}; }, weight, emit);

@@ -28,7 +28,7 @@ DEV bool aligned16(uint64_t addresses_ored) { return (addresses_ored & 15) == 0;
 template <class E>
 DEV void load8(float (&f)[8], const E* p) {
 #pragma unroll
-  for (int i = 0; i < 8; i += kVec<E>) load_vec_plain<E>(p + i, *reinterpret_cast<float(*)[kVec<E>]>(f + i));
+  for (int i = 0; i < 8; i += kVec<E>) load_vec_plain<E>(p + i, *reinterpret_cast<float (*)[kVec<E>]>(f + i));
 }
 /* The same of weights: read once, kept out of L1. Packed until used, so that the next octet can be in flight. */
 template <class E>
@@ -46,12 +46,12 @@ template <class E>
 DEV void unpack8(float (&f)[8], const Octet<E>& o) {
 #pragma unroll
   for (int i = 0; i < 8 / kVec<E>; i++)
-    unpack_vec<E>(o.part[i], *reinterpret_cast<float(*)[kVec<E>]>(f + i * kVec<E>));
+    unpack_vec<E>(o.part[i], *reinterpret_cast<float (*)[kVec<E>]>(f + i * kVec<E>));
 }
 template <class E>
 DEV void store8(E* p, const float (&f)[8]) {
 #pragma unroll
-  for (int i = 0; i < 8; i += kVec<E>) store_vec<E>(p + i, *reinterpret_cast<const float(*)[kVec<E>]>(f + i));
+  for (int i = 0; i < 8; i += kVec<E>) store_vec<E>(p + i, *reinterpret_cast<const float (*)[kVec<E>]>(f + i));
 }
 
 /* h as it lies in memory: [M, K] E. */
@@ -108,8 +108,9 @@ DEV float activation(const Normed<E>& h, const float* inverse_rms, size_t row, u
   return h.add ? round_to<E>(v + to_f32(h.add[k])) : v;
 }
 
-/* inverse_rms[i] = 1 / sqrt(mean(x[row0 + i, :]^2) + eps) for i < rows. All threads call it; what they read of an earlier
- * result they have read before its first barrier lets anyone write; the result is visible to the block when it returns. */
+/* inverse_rms[i] = 1 / sqrt(mean(x[row0 + i, :]^2) + eps) for i < rows. All threads call it; what they read of an
+ * earlier result they have read before its first barrier lets anyone write; the result is visible to the block when it
+ * returns. */
 template <class E>
 DEV void prepare(const Raw<E>&, float*, uint32_t, uint32_t, uint32_t, bool) {}
 template <class E>
@@ -226,8 +227,8 @@ DEV void gemv_prefetch(uint32_t inner, uint32_t units, Weight weight) {
 
 /* One group of at most ROWS rows against this block's share of the units. */
 template <class E, int ROWS, class H, class Weight, class Emit>
-DEV void gemv_rows(const H& h, uint32_t row0, uint32_t rows, uint32_t inner, uint32_t units, uint32_t chunk,
-                   bool vec, Weight weight, Emit emit) {
+DEV void gemv_rows(const H& h, uint32_t row0, uint32_t rows, uint32_t inner, uint32_t units, uint32_t chunk, bool vec,
+                   Weight weight, Emit emit) {
   SMEM_DYN(E, staged);
   SMEM(float, inverse_rms, kRowGroup);
   prepare(h, inverse_rms, row0, rows, inner, vec);

@@ -20,8 +20,8 @@ KERNEL(merge_stats_plain, MergeStatsParams, 256, 4) {
   griddep_wait();
   const uint32_t group = bid_x(), image = bid_y(), group_channels = p.channels / p.groups;
   const uint32_t tiles_x = (p.width + kTileW - 1) / kTileW, tiles = (p.height + kTileH - 1) / kTileH * tiles_x;
-  const float* partial = ptr<const float>(p.partial) +
-                         (static_cast<size_t>(image) * tiles * p.channels + group * group_channels) * 2;
+  const float* partial =
+      ptr<const float>(p.partial) + (static_cast<size_t>(image) * tiles * p.channels + group * group_channels) * 2;
   const float origin = partial[0];
 
   // Threads take the group's pairs in memory order, kThreads apart; (row, col) of the tile and the channel step along

@@ -39,7 +39,7 @@ DEV v4u finish8(const Fetched& f, const Raw<bf16>&, const float*, uint32_t) { re
 DEV v4u finish8(const Fetched& f, const Normed<bf16>& h, const float* inverse_rms, uint32_t k) {
   float v[8];
 #pragma unroll
-  for (int i = 0; i < 2; i++) unpack_vec<float>(f.part[i], *reinterpret_cast<float(*)[4]>(v + i * 4));
+  for (int i = 0; i < 2; i++) unpack_vec<float>(f.part[i], *reinterpret_cast<float (*)[4]>(v + i * 4));
   return normalise8_packed(v, h, f.part[2], *inverse_rms, k);
 }
 

@@ -29,7 +29,8 @@ DEV void norm_rows(const NormRowsParams& p) {
   }
   const float inverse_rms = 1.0f / f_sqrt(warp_sum(sum) / static_cast<float>(width) + p.eps);
   if (!vec) {
-    for (uint32_t k = lane_id(); k < width; k += 32) h[k] = from_f32<E>(activation(normed, &inverse_rms, row, k, width));
+    for (uint32_t k = lane_id(); k < width; k += 32)
+      h[k] = from_f32<E>(activation(normed, &inverse_rms, row, k, width));
     return;
   }
 #pragma unroll 4

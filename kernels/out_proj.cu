@@ -5,7 +5,8 @@
  *
  * Rounded to E: the normalised x, h, the sum with the position row, c. Accumulation in float.
  * Bound at 14B: 52.4 MB of bf16 weights per token.
- * A unit (gemv.cuh) is two neighbouring outputs. Variants: plain; from packed weights stream, ring and mma: product.cuh.
+ * A unit (gemv.cuh) is two neighbouring outputs. Variants: plain; from packed weights stream, ring and mma:
+ * product.cuh.
  */
 #include "final_norm.cuh"
 #include "product.cuh"
@@ -18,13 +19,9 @@ DEV void out_proj(const OutProjParams& p) {
     c[size_t(row) * p.hidden + out] = from_f32<E>(sum + to_f32(bias[out]));
   };
 
-  const Product shape = {p.rows,
-                         p.hidden,
-                         (p.hidden + 1) / 2,
-                         p.hidden % 8 == 0 && aligned16(p.x | p.norm_w | p.pos_embed | p.w),
-                         p.w,
-                         p.partial,
-                         p.arrivals};
+  const Product shape = {
+      p.rows, p.hidden,  (p.hidden + 1) / 2, p.hidden % 8 == 0 && aligned16(p.x | p.norm_w | p.pos_embed | p.w),
+      p.w,    p.partial, p.arrivals};
   auto activations = [&] {
     Normed<E> h{ptr<const float>(p.x), ptr<const E>(p.norm_w), nullptr, p.eps};
     write_norm(ptr<E>(p.norm_out), h, p.rows, p.hidden);

@@ -24,8 +24,8 @@ enum class Loop { kPlain, kTile, kStream, kRing, kMma };
 /* What a loop over packed weights is given beside its activations and its epilogue. */
 struct Product {
   uint32_t rows, inner, units;
-  bool vec;         /* as for gemv */
-  uint64_t w;       /* [units, 2, K] E as stored, or packed [tiles, K / 32, 512] bf16 */
+  bool vec;                   /* as for gemv */
+  uint64_t w;                 /* [units, 2, K] E as stored, or packed [tiles, K / 32, 512] bf16 */
   uint64_t partial, arrivals; /* stream.cuh */
 };
 
@@ -61,8 +61,7 @@ DEV v4u normalise8_packed(const float (&x)[8], const Normed<bf16>& h, v4u w, flo
     const v4u u = ld_v4(h.add + k);
     const uint32_t add[4] = {u.x, u.y, u.z, u.w};
 #pragma unroll
-    for (int i = 0; i < 4; i++)
-      out[i] = pack_bf16(bf_lo(out[i]) + bf_lo(add[i]), bf_hi(out[i]) + bf_hi(add[i]));
+    for (int i = 0; i < 4; i++) out[i] = pack_bf16(bf_lo(out[i]) + bf_lo(add[i]), bf_hi(out[i]) + bf_hi(add[i]));
   }
   return {out[0], out[1], out[2], out[3]};
 }

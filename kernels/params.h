@@ -39,9 +39,9 @@ typedef struct {
 
 /* y[s, :] = x[index[s], :] */
 typedef struct {
-  uint64_t x;     /* [M, D] float */
-  uint64_t index; /* [S] uint32, each below M */
-  uint64_t y;     /* [S, D] float, written */
+  uint64_t x;            /* [M, D] float */
+  uint64_t index;        /* [S] uint32, each below M */
+  uint64_t y;            /* [S, D] float, written */
   uint32_t rows, hidden; /* rows = S */
 } GatherRowsParams;
 
@@ -92,12 +92,12 @@ typedef struct {
 
 /* x[m, :] += w in[m, :] + bias: the output projection and the MLP's down projection */
 typedef struct {
-  uint64_t in;   /* [M, K] E */
-  uint64_t w;    /* [D, K] E; packed for stream, ring and mma */
-  uint64_t bias; /* [D] E, optional */
-  uint64_t x;    /* [M, D] float, read and written */
-  uint64_t partial;   /* [groups of 8 rows, blocks, 2, 128] float: sums of tiles that blocks share; stream, ring */
-  uint64_t arrivals;  /* [groups of 8 rows, blocks] uint32, zero before and after every launch; stream, ring */
+  uint64_t in;       /* [M, K] E */
+  uint64_t w;        /* [D, K] E; packed for stream, ring and mma */
+  uint64_t bias;     /* [D] E, optional */
+  uint64_t x;        /* [M, D] float, read and written */
+  uint64_t partial;  /* [groups of 8 rows, blocks, 2, 128] float: sums of tiles that blocks share; stream, ring */
+  uint64_t arrivals; /* [groups of 8 rows, blocks] uint32, zero before and after every launch; stream, ring */
   uint32_t rows, hidden, inner, pad; /* inner = K */
 } ProjectParams;
 
@@ -147,15 +147,15 @@ typedef struct {
 
 /* y = act(w x + bias) */
 typedef struct {
-  uint64_t x;    /* [M, K] E */
-  uint64_t w;    /* [O, K] E; packed for stream, ring and mma */
-  uint64_t bias; /* [O] E, optional */
-  uint64_t y;    /* [M, O] E, or float with out_f32, written */
+  uint64_t x;        /* [M, K] E */
+  uint64_t w;        /* [O, K] E; packed for stream, ring and mma */
+  uint64_t bias;     /* [O] E, optional */
+  uint64_t y;        /* [M, O] E, or float with out_f32, written */
   uint64_t partial;  /* [groups of 8 rows, blocks, 2, 128] float: sums of tiles that blocks share; stream, ring */
   uint64_t arrivals; /* [groups of 8 rows, blocks] uint32, zero before and after every launch; stream, ring */
   uint32_t rows, outputs, inner; /* inner = K */
-  uint32_t silu;    /* 0 or 1 */
-  uint32_t out_f32; /* 0 or 1 */
+  uint32_t silu;                 /* 0 or 1 */
+  uint32_t out_f32;              /* 0 or 1 */
   uint32_t pad;
 } LinearParams;
 
@@ -183,17 +183,17 @@ typedef struct {
 
 /* The whole sampler of one image token: N evaluations of the flow head, guidance, solver, feedback */
 typedef struct {
-  uint64_t mod;   /* [N, S, (3L + 2) F] E */
-  uint64_t w_in;  /* [F, K] E: input_proj */
-  uint64_t b_in;  /* [F] E */
-  uint64_t ln_w;  /* [L, F] E: in_ln */
-  uint64_t ln_b;  /* [L, F] E */
-  uint64_t w0;    /* [L, H, F] E: mlp.0 */
-  uint64_t b0;    /* [L, H] E */
-  uint64_t w2;    /* [L, F, H] E: mlp.2 */
-  uint64_t b2;    /* [L, F] E */
-  uint64_t w_out; /* [K, F] E: final_layer.linear */
-  uint64_t b_out; /* [K] E */
+  uint64_t mod;         /* [N, S, (3L + 2) F] E */
+  uint64_t w_in;        /* [F, K] E: input_proj */
+  uint64_t b_in;        /* [F] E */
+  uint64_t ln_w;        /* [L, F] E: in_ln */
+  uint64_t ln_b;        /* [L, F] E */
+  uint64_t w0;          /* [L, H, F] E: mlp.0 */
+  uint64_t b0;          /* [L, H] E */
+  uint64_t w2;          /* [L, F, H] E: mlp.2 */
+  uint64_t b2;          /* [L, F] E */
+  uint64_t w_out;       /* [K, F] E: final_layer.linear */
+  uint64_t b_out;       /* [K] E */
   uint64_t steps_table; /* [N] SolverStep */
   uint64_t guidance;    /* [T, 2] float: cfg, cfg_img for every token */
   uint64_t draws;       /* [slots, draws, B, K] float: initial noise, then one per solver step that takes one */
@@ -213,25 +213,25 @@ typedef struct {
   uint64_t x_next;      /* [S, D] float, written: input of the next transformer step */
   uint64_t exchange;    /* FlowExchange, then [3, exchange_words] of 128 bits: an epoch and three values; not plain */
   uint32_t steps, images, branches, width, mlp_width, blocks, token_dim, hidden, tokens_total;
-  uint32_t draws_per_slot;  /* draws stored per token */
-  uint32_t draw_slots;      /* T when draws of every token are recorded, 1 when randn refills one slot */
-  uint32_t use_norm;        /* 0 or 1: LayerNorm over the K values of the token */
-  uint32_t rescale;         /* 0 or 1: multiply v by clamp(|v_cond| / (|v| + 1e-6), 0, 1) */
+  uint32_t draws_per_slot; /* draws stored per token */
+  uint32_t draw_slots;     /* T when draws of every token are recorded, 1 when randn refills one slot */
+  uint32_t use_norm;       /* 0 or 1: LayerNorm over the K values of the token */
+  uint32_t rescale;        /* 0 or 1: multiply v by clamp(|v_cond| / (|v| + 1e-6), 0, 1) */
   /* ring and resident only: */
   uint32_t rows_width, rows_mlp, rows_token, rows_hidden; /* a block's share of F, H, K and D */
-  uint32_t images_at_once; /* images of a pass; times R at most 8 */
-  uint32_t exchange_words; /* of one of the three buffers */
-  uint32_t stages;         /* of the ring */
-  uint32_t stage_bytes;    /* of a stage, a multiple of 16 */
-  uint32_t resident;       /* weight segments that stay in shared memory */
-  uint32_t pinned;         /* segments after them that are to stay in L2 */
-  uint32_t spin_limit;     /* looks at a word before the block gives up */
+  uint32_t images_at_once;                                /* images of a pass; times R at most 8 */
+  uint32_t exchange_words;                                /* of one of the three buffers */
+  uint32_t stages;                                        /* of the ring */
+  uint32_t stage_bytes;                                   /* of a stage, a multiple of 16 */
+  uint32_t resident;                                      /* weight segments that stay in shared memory */
+  uint32_t pinned;                                        /* segments after them that are to stay in L2 */
+  uint32_t spin_limit;                                    /* looks at a word before the block gives up */
 } FlowChainParams;
 
 /* Standard normal draws of one token, as torch.randn on a CUDA device gives them (ecosystem: Philox4x32-10) */
 typedef struct {
-  uint64_t state;       /* GenerationState: token read */
-  uint64_t draws;       /* [draws, B, K] float, written */
+  uint64_t state; /* GenerationState: token read */
+  uint64_t draws; /* [draws, B, K] float, written */
   uint64_t seed;
   uint64_t base_offset; /* torch generator offset before token 0, in 32-bit outputs, a multiple of 4 */
   uint32_t draws_per_token, images, first_image, token_dim;
@@ -248,23 +248,23 @@ typedef struct {
 
 /* latent[b, y, x, c] = E(tokens[b, (y/p) * w/p + x/p, c*p*p + (y%p)*p + x%p] / scale + shift) */
 typedef struct {
-  uint64_t tokens; /* [B, T, K] E */
-  uint64_t latent; /* [B, h, w, C] E, written */
+  uint64_t tokens;                                 /* [B, T, K] E */
+  uint64_t latent;                                 /* [B, h, w, C] E, written */
   uint32_t images, height, width, channels, patch; /* height, width of the latent */
   float scale, shift;
   uint32_t pad;
 } UnpatchifyParams;
 
-/* tokens = E((sample - shift) * scale), as unpatchify folds them; sample = mean + exp(clamp(log_variance) / 2) * draw */
+/* tokens = E((sample - shift) * scale), as unpatchify folds; sample = mean + exp(clamp(log_variance) / 2) * draw */
 typedef struct {
-  uint64_t moments; /* [h, w, 2C] E: means, then log variances */
-  uint64_t draw;    /* [h, w, C] float, optional: the sample is the mean */
-  uint64_t tokens;  /* [T, K] E, written */
-  uint64_t mean;    /* [h, w, C] E, optional, written: after the norm */
-  uint64_t deviation; /* [h, w, C] E, optional, written: 0 without draw */
-  uint64_t sample;  /* [h, w, C] E, optional, written */
+  uint64_t moments;                        /* [h, w, 2C] E: means, then log variances */
+  uint64_t draw;                           /* [h, w, C] float, optional: the sample is the mean */
+  uint64_t tokens;                         /* [T, K] E, written */
+  uint64_t mean;                           /* [h, w, C] E, optional, written: after the norm */
+  uint64_t deviation;                      /* [h, w, C] E, optional, written: 0 without draw */
+  uint64_t sample;                         /* [h, w, C] E, optional, written */
   uint32_t height, width, channels, patch; /* height, width of the latent */
-  uint32_t psz;     /* each psz x psz patch of the mean is normalised over pixels and channels; 0: no norm */
+  uint32_t psz; /* each psz x psz patch of the mean is normalised over pixels and channels; 0: no norm */
   float scale, shift;
   uint32_t pad;
 } EncodeLatentParams;
@@ -298,7 +298,7 @@ typedef struct {
   uint64_t y;        /* [B, height, width, C_out] E, written */
   uint64_t partial;  /* [B, tiles of 8x16, C_out, 2] float, optional, written by mma: mean, squared deviations */
   uint32_t images, height, width, c_in, c_out, groups; /* height, width of y */
-  uint32_t ksize;    /* 1 or 3 */
+  uint32_t ksize;                                      /* 1 or 3 */
   uint32_t upsample; /* 0 or 1: x is enlarged by two, nearest, before the convolution */
   uint32_t silu;     /* 0 or 1: swish after the normalisation; with stats */
   uint32_t stride;   /* 1: zeros on all sides of x; 2, only 3x3: zeros to the right and below */

@@ -50,8 +50,7 @@ DEV void qkv(const QkvParams& p) {
     } else {
       const bool key = head < p.heads_q + p.heads_kv;
       const uint32_t kv_head = head - p.heads_q - (key ? 0 : p.heads_kv);
-      to = ptr<E>(key ? p.k_cache : p.v_cache) +
-           ((size_t(seq) * p.heads_kv + kv_head) * p.capacity + pos) * p.head_dim;
+      to = ptr<E>(key ? p.k_cache : p.v_cache) + ((size_t(seq) * p.heads_kv + kv_head) * p.capacity + pos) * p.head_dim;
     }
     to[j] = from_f32<E>(a);
     to[j + half] = from_f32<E>(b);

@@ -12,8 +12,8 @@
  * sums do not depend on the rows beside it.
  * Weights depend on no earlier launch: the first loads are under way before griddep_wait.
  * Grid: x = blocks, one per SM; y = groups of eight rows, which read the weights once each.
- * Bound by the bytes of w. In flight per SM: up to 64 KB in registers, 8 KB of a warp at a time (`stream`), 64 to 128 KB
- * in shared memory (`ring`).
+ * Bound by the bytes of w. In flight per SM: up to 64 KB in registers, 8 KB of a warp at a time (`stream`), 64 to 128
+ * KB in shared memory (`ring`).
  */
 #pragma once
 #include "packed.cuh"
@@ -22,7 +22,7 @@
 static constexpr uint32_t kRingSteps = 2; /* of a slot */
 static constexpr uint32_t kRingSlotBytes = kRingSteps * kStepBytes;
 static constexpr uint32_t kRingStageBytes = kWarps * kRingSlotBytes;
-static constexpr uint32_t kRingStages = 8;             /* most */
+static constexpr uint32_t kRingStages = 8;               /* most */
 static constexpr uint32_t kHalfSharedBytes = 110 * 1024; /* two blocks of successive launches fit an SM */
 static constexpr uint32_t kSharedBytes = 225 * 1024;
 /* Warps' sums of cut tiles, two per warp. */
@@ -32,7 +32,7 @@ static constexpr uint32_t kCutBytes = kWarps * 2 * 512;
 struct Steps {
   uint32_t first, end;
 };
-/* Products of a number of steps and of parts fit 32 bits (ops/product.rs): these divisions stand before the first load. */
+/* Products of steps and parts fit 32 bits (ops/product.rs): these divisions stand before the first load. */
 DEV Steps share_of(Steps all, uint32_t part, uint32_t parts) {
   const uint32_t n = all.end - all.first;
   return {all.first + n * part / parts, all.first + n * (part + 1) / parts};
@@ -313,7 +313,7 @@ DEV void stream(const Product& p, Activations activations, Emit emit) {
   const uint32_t row = lane_id() / 4;
   const bf16* h = staged + row * staged_stride(p.inner) + lane_id() % 4 * 8;
   float head[4] = {}, tail[4] = {};
-  auto whole = [&](const float(&sum)[4], uint32_t tile) { emit_tile(sum, tile, p.units, row0, p.rows, emit); };
+  auto whole = [&](const float (&sum)[4], uint32_t tile) { emit_tile(sum, tile, p.units, row0, p.rows, emit); };
   multiply_steps(source, mine, per_tile, h, row < rows, head, tail, whole);
 
   /* The staged rows have been read: their place takes the sums of cut tiles. */
@@ -341,8 +341,8 @@ DEV void stream(const Product& p, Activations activations, Emit emit) {
     }
     if (emitted) continue;
     const size_t group = size_t(bid_y()) * nbid_x();
-    if (!shared || combine_blocks(sum, tile, block, all, ptr<float>(p.partial) + group * 256,
-                                  ptr<uint32_t>(p.arrivals) + group)) {
+    if (!shared ||
+        combine_blocks(sum, tile, block, all, ptr<float>(p.partial) + group * 256, ptr<uint32_t>(p.arrivals) + group)) {
       whole(sum, t);
     }
   }

@@ -21,9 +21,9 @@ static constexpr int kBlockQ = 32, kBlockK = 32;  // queries of a block; keys of
 static constexpr int kBlockC = 64;                // channels staged for the scores
 static constexpr int kStageV = 8;                 // keys staged for the output
 static constexpr int kMaxChannels = 512;
-static constexpr int kStagePitch = kBlockC + 4;   // rows start on different banks, 16-byte aligned
+static constexpr int kStagePitch = kBlockC + 4;  // rows start on different banks, 16-byte aligned
 static constexpr int kScorePitch = kBlockQ + 4;
-static constexpr int kThreadQ = 8;                // output tile of a thread: queries x (2 x 4 channels)
+static constexpr int kThreadQ = 8;  // output tile of a thread: queries x (2 x 4 channels)
 static constexpr int kHalf = kMaxChannels / 2;
 static constexpr int kStageFloats = (kBlockQ + kBlockK) * kStagePitch;
 static_assert(kStageFloats >= kStageV * kMaxChannels, "values reuse the stage of queries and keys");
@@ -73,7 +73,8 @@ DEV void vae_attention_plain(const VaeAttentionParams& p, float* stage, float* s
         for (int i = 0; i < 2; i++)
           for (int j = 0; j < 2; j++)
             for (int l = 0; l < 4; l++)
-              s[i][j][l] += stage_q[(score_q + i) * kStagePitch + c + l] * stage_k[(score_k + 16 * j) * kStagePitch + c + l];
+              s[i][j][l] +=
+                  stage_q[(score_q + i) * kStagePitch + c + l] * stage_k[(score_k + 16 * j) * kStagePitch + c + l];
     }
     for (int i = 0; i < 2; i++)
       for (int j = 0; j < 2; j++)
@@ -133,7 +134,8 @@ DEV void vae_attention_plain(const VaeAttentionParams& p, float* stage, float* s
       for (int l = 0; l < 4; l++) {
         const uint32_t c = h * kHalf + out_c + l;
         if (c < channels)
-          ptr<E>(p.out)[image + static_cast<size_t>(pixel) * channels + c] = from_f32<E>(acc[h][i][l] * factor[out_q + i]);
+          ptr<E>(p.out)[image + static_cast<size_t>(pixel) * channels + c] =
+              from_f32<E>(acc[h][i][l] * factor[out_q + i]);
       }
   }
 }

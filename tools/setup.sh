@@ -3,7 +3,7 @@
 #
 #   .cuda/         the CUDA compiler and libclang
 #   .cuda-tools/   cuobjdump and nvdisasm, with which tests/fast_kernels.rs reads the kernels' instructions
-#   .check/        what tools/demo/check.py needs to judge pictures
+#   .check/        clang-format, and what tools/demo/check.py needs to judge pictures
 #
 # Safe to run again: it does nothing for a folder that matches its requirements.
 set -euo pipefail

@@ -4,7 +4,7 @@
 
 typedef struct {
   uint32_t grid[3], block[3], cluster[3];
-  uint32_t shared_bytes; /* dynamic, per block */
+  uint32_t shared_bytes;           /* dynamic, per block */
   uint32_t cooperative, dependent; /* 0 or 1 */
 } WarpstepEmuGeometry;
 

@@ -12,8 +12,8 @@ void yield(const char* what, Site site) {
   runner->suspend(f);
 }
 
-// Looking at a word once is free, so that a kernel may take many words that are there without a switch for each; looking
-// again at the same one, or at many, lets the others run.
+// Looking at a word once is free, so that a kernel may take many words that are there without a switch for each;
+// looking again at the same one, or at many, lets the others run.
 void look(const void* p, const char* what, Site site) {
   constexpr uint32_t kFreePolls = 32;
   Fiber* f = current();

@@ -101,7 +101,9 @@ void Runner::switch_to(Fiber* from, Fiber* to, bool dying) {
   // Never a local: for a dying fiber ASan may free the frame it would lie in.
   void** save = dying ? &dead_sp : from ? &from->sp : &main_sp;
 #if EMU_ASAN
-  __sanitizer_start_switch_fiber(dying ? nullptr : from ? &from->fake_stack : &main_fake_stack,
+  __sanitizer_start_switch_fiber(dying  ? nullptr
+                                 : from ? &from->fake_stack
+                                        : &main_fake_stack,
                                  to ? to->stack : main_stack, to ? kStackBytes : main_stack_bytes);
 #endif
   warpstep_emu_switch(save, to ? to->sp : main_sp);

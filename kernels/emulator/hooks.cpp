@@ -17,10 +17,10 @@ inline void observe_aligned(const void* p, size_t bytes, Access access, uint64_t
 
 #define ORIGIN reinterpret_cast<uint64_t>(__builtin_return_address(0))
 // The plain hooks promise alignment, which a GPU enforces and x86 mostly does not.
-#define HOOKS(n)                                                                                             \
-  void __tsan_read##n(void* p) { emu::observe_aligned(p, n, emu::Access::kRead, ORIGIN); }                   \
-  void __tsan_write##n(void* p) { emu::observe_aligned(p, n, emu::Access::kWrite, ORIGIN); }                 \
-  void __tsan_unaligned_read##n(void* p) { emu::observe(p, n, emu::Access::kRead, ORIGIN); }                 \
+#define HOOKS(n)                                                                             \
+  void __tsan_read##n(void* p) { emu::observe_aligned(p, n, emu::Access::kRead, ORIGIN); }   \
+  void __tsan_write##n(void* p) { emu::observe_aligned(p, n, emu::Access::kWrite, ORIGIN); } \
+  void __tsan_unaligned_read##n(void* p) { emu::observe(p, n, emu::Access::kRead, ORIGIN); } \
   void __tsan_unaligned_write##n(void* p) { emu::observe(p, n, emu::Access::kWrite, ORIGIN); }
 
 extern "C" {

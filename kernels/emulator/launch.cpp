@@ -40,10 +40,10 @@ std::string refusal(const WarpstepEmuLaunch& l, const Kernel& k) {
   if (g.shared_bytes > kSharedLimit)
     return std::to_string(g.shared_bytes) + " bytes of dynamic shared memory, above the limit of " +
            std::to_string(kSharedLimit);
-  if (!cluster || cluster > kMaxClusterBlocks)
-    return "cluster " + dims(g.cluster) + ": 1 to 16 blocks are supported";
+  if (!cluster || cluster > kMaxClusterBlocks) return "cluster " + dims(g.cluster) + ": 1 to 16 blocks are supported";
   for (int i = 0; i < 3; i++)
-    if (g.grid[i] % g.cluster[i]) return "grid " + dims(g.grid) + " is not a whole number of clusters " + dims(g.cluster);
+    if (g.grid[i] % g.cluster[i])
+      return "grid " + dims(g.grid) + " is not a whole number of clusters " + dims(g.cluster);
   if (g.cooperative && cluster > 1) return "cooperative launches with clusters are not emulated";
   if (g.cooperative) {
     const uint64_t by_shared = kSharedPerSm / (g.shared_bytes + kSharedReservedPerBlock);

@@ -220,7 +220,8 @@ bool allocated(uintptr_t from, size_t bytes) {
   const WarpstepEmuPiece* end = l.pieces + l.piece_count;
   const WarpstepEmuPiece* piece = seen().last_piece;
   if (!piece || from < piece->start || from >= piece->end)
-    piece = std::upper_bound<const WarpstepEmuPiece*>(l.pieces, end, from, [](uintptr_t a, const WarpstepEmuPiece& q) { return a < q.end; });
+    piece = std::upper_bound<const WarpstepEmuPiece*>(l.pieces, end, from,
+                                                      [](uintptr_t a, const WarpstepEmuPiece& q) { return a < q.end; });
   if (piece == end || from < piece->start || from + bytes > piece->end) return false;
   seen().last_piece = piece;
   return true;

@@ -118,8 +118,8 @@ void Runner::run_group() {
       idle = seen == events ? idle + 1 : 0;
       seen = events;
       if (polling && idle < kIdleRounds && wake_polling()) continue;
-      launch->set_report("kernel " + std::string(launch->kernel->symbol) +
-                         ": deadlock, no thread can go on\n" + describe());
+      launch->set_report("kernel " + std::string(launch->kernel->symbol) + ": deadlock, no thread can go on\n" +
+                         describe());
       failed = true;
     }
   }

@@ -36,7 +36,8 @@ char* static_array(Block* b, const void* key, size_t bytes, size_t align, Site s
     if (a.key == key) return a.p;
   b->static_bytes += bytes;
   if (b->static_bytes > kStaticSharedLimit)
-    fail(site, "%zu bytes of static shared memory, above the %zu that nvcc accepts", b->static_bytes, kStaticSharedLimit);
+    fail(site, "%zu bytes of static shared memory, above the %zu that nvcc accepts", b->static_bytes,
+         kStaticSharedLimit);
   if (b->static_bytes + b->dynamic_bytes > kSharedLimit)
     fail(site, "%zu bytes of static and %zu of dynamic shared memory, above the limit of %zu", b->static_bytes,
          b->dynamic_bytes, kSharedLimit);

@@ -486,7 +486,7 @@ pub struct UnpatchifyParams {
 }
 const _: () = assert!(size_of::<UnpatchifyParams>() == 48);
 
-/// tokens = E((sample - shift) \* scale), as unpatchify folds them; sample = mean + exp(clamp(log_variance) / 2) \* draw
+/// tokens = E((sample - shift) \* scale), as unpatchify folds; sample = mean + exp(clamp(log_variance) / 2) \* draw
 #[repr(C)]
 #[derive(Debug, Default, Copy, Clone, bytemuck::Pod, bytemuck::Zeroable)]
 pub struct EncodeLatentParams {

@@ -36,7 +36,8 @@ KERNEL(emu_block_reduce, BugParams, 96, 1) {
 }
 
 // One warp: out[16, 8] float = in[16, 16] bf16 x in2[8, 16]^T bf16, which follows in memory. The second operand is
-// read twice, plainly and through .trans from a transposed copy, and must come out the same; out[128] counts differences.
+// read twice, plainly and through .trans from a transposed copy, and must come out the same; out[128] counts
+// differences.
 KERNEL(emu_mma, BugParams, 32, 1) {
   SMEM(bf16, a_tile, 16 * 16);
   SMEM(bf16, b_tile, 16 * 16);
@@ -129,7 +130,7 @@ KERNEL(emu_grid_rounds, BugParams, 64, 1) {
   if (tid_x() == 0) out[b] = ptr<const float>(p.in)[b];
   for (uint32_t round = 0; round < 3; round++) {
     grid_sync(ptr<GridBarrier>(p.barrier));
-    const float *from = out + (round & 1) * blocks;
+    const float* from = out + (round & 1) * blocks;
     if (tid_x() == 0) out[((round + 1) & 1) * blocks + b] = ld_cg_f32(from + (b + 1) % blocks) + 1.0f;
   }
 }
