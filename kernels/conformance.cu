@@ -89,6 +89,18 @@ KERNEL(conformance_named_barriers, ConformanceParams, 128, 1) {
   }
 }
 
+/* in [384]; out the same: eight warps take the registers that the four behind them give up. */
+KERNEL(conformance_registers, ConformanceParams, 384, 1) {
+  const uint32_t i = thread_rank();
+  if (warp_id() < 8) {
+    regs_grow<216>();
+    results(p)[i] = words(p)[i] * 3;
+  } else {
+    regs_shrink<40>();
+    results(p)[i] = words(p)[i] ^ 5;
+  }
+}
+
 /* Clusters of 4. out [blocks, 32, 3]: rank, size, and the next block's value. */
 KERNEL(conformance_clusters, ConformanceParams, 32, 1) {
   SMEM(uint32_t, mine, 32);

@@ -99,6 +99,17 @@ DEV T* cluster_map(T* p, uint32_t rank) {
 // Programmatic dependent launch: wait for what the predecessors wrote; let the successors start.
 DEV void griddep_wait() { asm volatile("griddepcontrol.wait;" ::: "memory"); }
 DEV void griddep_launch() { asm volatile("griddepcontrol.launch_dependents;" ::: "memory"); }
+// Registers of each of this warp's threads from here on, a multiple of 8: four neighbouring warps from the fourth,
+// eighth or so on call it together. Who grows waits until others have shrunk. The kernel begins with what its block
+// leaves for every thread, so that all warps of a block take part.
+template <int N>
+DEV void regs_grow() {
+  asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(N));
+}
+template <int N>
+DEV void regs_shrink() {
+  asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(N));
+}
 
 // ---- warp exchange: 32-bit values ----
 template <class T>
@@ -393,6 +404,8 @@ template <class T>
 DEV T* ptr(uint64_t address) {
   return reinterpret_cast<T*>(static_cast<uintptr_t>(address));
 }
+DEV uint32_t umin(uint32_t a, uint32_t b) { return a < b ? a : b; }
+DEV uint32_t umax(uint32_t a, uint32_t b) { return a < b ? b : a; }
 DEV bool is_finite(float x) { return (as_u32(x) & 0x7f800000u) != 0x7f800000u; }
 
 DEV float bf_lo(uint32_t u) { return as_f32(u << 16); }

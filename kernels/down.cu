@@ -14,4 +14,4 @@ KERNEL(down_tile_f32, ProjectParams, 256, 2) { project<float, Loop::kTile>(p); }
 KERNEL(down_tile_bf16, ProjectParams, 256, 2) { project<bf16, Loop::kTile>(p); }
 KERNEL(down_stream_bf16, ProjectParams, 256, 2) { project<bf16, Loop::kStream>(p); }
 KERNEL(down_ring_bf16, ProjectParams, 256, 2) { project<bf16, Loop::kRing>(p); }
-KERNEL(down_mma_bf16, ProjectParams, 256, 1) { project<bf16, Loop::kMma>(p); }
+KERNEL(down_mma_bf16, ProjectParams, kMmaThreads, 1) { project<bf16, Loop::kMma>(p); }

@@ -12,8 +12,6 @@
 static constexpr uint32_t kWarps = 8;
 static constexpr float kNormEps = 1e-6f;
 
-DEV uint32_t umin(uint32_t a, uint32_t b) { return a < b ? a : b; }
-
 DEV uint32_t sequences(const FlowChainParams& p) { return p.images * p.branches; }
 /* Outputs of flow_modulation per sequence. */
 DEV size_t mod_width(const FlowChainParams& p) { return static_cast<size_t>(3 * p.blocks + 2) * p.width; }

@@ -30,11 +30,13 @@ DEV void gate_up(const GateUpParams& p) {
   const Product shape = {
       p.rows,   p.hidden,  p.intermediate, p.hidden % 8 == 0 && aligned16(p.x | p.norm_w | p.w_gate | p.w_up),
       p.w_gate, p.partial, p.arrivals};
-  /* Prompts have their rows normed before (norm_rows.cu). */
-  if constexpr (LOOP == Loop::kMma) {
-    if (!p.norm_w) return product<LOOP, E>(shape, [&] { return Raw<E>{ptr<const E>(p.x)}; }, weight, emit);
-  }
-  auto activations = [&] { return Normed<E>{ptr<const float>(p.x), ptr<const E>(p.norm_w), nullptr, p.eps}; };
+  auto activations = [&] {
+    /* norm_rows.cu has normed them. */
+    if constexpr (LOOP == Loop::kMma)
+      return Raw<E>{ptr<const E>(p.x)};
+    else
+      return Normed<E>{ptr<const float>(p.x), ptr<const E>(p.norm_w), nullptr, p.eps};
+  };
   product<LOOP, E>(shape, activations, weight, emit);
 }
 
@@ -44,4 +46,4 @@ KERNEL(gate_up_tile_f32, GateUpParams, 256, 2) { gate_up<float, Loop::kTile>(p);
 KERNEL(gate_up_tile_bf16, GateUpParams, 256, 2) { gate_up<bf16, Loop::kTile>(p); }
 KERNEL(gate_up_stream_bf16, GateUpParams, 256, 2) { gate_up<bf16, Loop::kStream>(p); }
 KERNEL(gate_up_ring_bf16, GateUpParams, 256, 2) { gate_up<bf16, Loop::kRing>(p); }
-KERNEL(gate_up_mma_bf16, GateUpParams, 256, 1) { gate_up<bf16, Loop::kMma>(p); }
+KERNEL(gate_up_mma_bf16, GateUpParams, kMmaThreads, 1) { gate_up<bf16, Loop::kMma>(p); }

@@ -36,4 +36,4 @@ KERNEL(linear_tile_f32, LinearParams, 256, 2) { linear<float, Loop::kTile>(p); }
 KERNEL(linear_tile_bf16, LinearParams, 256, 2) { linear<bf16, Loop::kTile>(p); }
 KERNEL(linear_stream_bf16, LinearParams, 256, 2) { linear<bf16, Loop::kStream>(p); }
 KERNEL(linear_ring_bf16, LinearParams, 256, 2) { linear<bf16, Loop::kRing>(p); }
-KERNEL(linear_mma_bf16, LinearParams, 256, 1) { linear<bf16, Loop::kMma>(p); }
+KERNEL(linear_mma_bf16, LinearParams, kMmaThreads, 1) { linear<bf16, Loop::kMma>(p); }

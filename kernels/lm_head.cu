@@ -6,7 +6,7 @@
  * Rounded to E: the normalised x, h, the logits (a Linear stores them so, and greedy text breaks ties among rounded
  * values). Accumulation in float. Bound at 14B: 1.56 GB of bf16 weights per text token; image tokens never run it.
  * A unit (gemv.cuh) is two neighbouring logits. Variants: plain, also where the embedding table is the weight; from
- * packed weights stream, ring and mma: product.cuh.
+ * packed weights stream and ring: product.cuh.
  */
 #include "final_norm.cuh"
 #include "product.cuh"
@@ -30,4 +30,3 @@ KERNEL(lm_head_plain_f32, LmHeadParams, 256, 2) { lm_head<float, Loop::kPlain>(p
 KERNEL(lm_head_plain_bf16, LmHeadParams, 256, 2) { lm_head<bf16, Loop::kPlain>(p); }
 KERNEL(lm_head_stream_bf16, LmHeadParams, 256, 2) { lm_head<bf16, Loop::kStream>(p); }
 KERNEL(lm_head_ring_bf16, LmHeadParams, 256, 2) { lm_head<bf16, Loop::kRing>(p); }
-KERNEL(lm_head_mma_bf16, LmHeadParams, 256, 1) { lm_head<bf16, Loop::kMma>(p); }

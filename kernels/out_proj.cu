@@ -5,7 +5,7 @@
  *
  * Rounded to E: the normalised x, h, the sum with the position row, c. Accumulation in float.
  * Bound at 14B: 52.4 MB of bf16 weights per token.
- * A unit (gemv.cuh) is two neighbouring outputs. Variants: plain; from packed weights stream, ring and mma:
+ * A unit (gemv.cuh) is two neighbouring outputs. Variants: plain; from packed weights stream and ring:
  * product.cuh.
  */
 #include "final_norm.cuh"
@@ -39,4 +39,3 @@ KERNEL(out_proj_plain_f32, OutProjParams, 256, 2) { out_proj<float, Loop::kPlain
 KERNEL(out_proj_plain_bf16, OutProjParams, 256, 2) { out_proj<bf16, Loop::kPlain>(p); }
 KERNEL(out_proj_stream_bf16, OutProjParams, 256, 2) { out_proj<bf16, Loop::kStream>(p); }
 KERNEL(out_proj_ring_bf16, OutProjParams, 256, 2) { out_proj<bf16, Loop::kRing>(p); }
-KERNEL(out_proj_mma_bf16, OutProjParams, 256, 1) { out_proj<bf16, Loop::kMma>(p); }

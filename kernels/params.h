@@ -57,7 +57,7 @@ typedef struct {
 
 /* h = E(rms(x)) * norm_w; (q, k, v) = w h + bias; q, k rotated; k, v into the cache */
 typedef struct {
-  uint64_t x;           /* [M, D] float: residual stream; or [M, D] E: h, where norm_w is null (mma) */
+  uint64_t x;           /* [M, D] float: residual stream; mma: [M, D] E, h */
   uint64_t norm_w;      /* [D] E */
   uint64_t w;           /* [(Q+2G)*d, D] E: q rows, k rows, v rows; packed for stream, ring and mma */
   uint64_t bias;        /* [(Q+2G)*d] E, optional */
@@ -103,7 +103,7 @@ typedef struct {
 
 /* act = silu(w_gate h + b_gate) * (w_up h + b_up), h = E(rms(x)) * norm_w */
 typedef struct {
-  uint64_t x;         /* [M, D] float: residual stream; or [M, D] E: h, where norm_w is null (mma) */
+  uint64_t x;         /* [M, D] float: residual stream; mma: [M, D] E, h */
   uint64_t norm_w;    /* [D] E */
   uint64_t w_gate;    /* [I, D] E; for stream, ring and mma both weights, packed */
   uint64_t w_up;      /* [I, D] E */

@@ -63,11 +63,13 @@ DEV void qkv(const QkvParams& p) {
                          p.w,
                          p.partial,
                          p.arrivals};
-  /* Prompts have their rows normed before (norm_rows.cu). */
-  if constexpr (LOOP == Loop::kMma) {
-    if (!p.norm_w) return product<LOOP, E>(shape, [&] { return Raw<E>{ptr<const E>(p.x)}; }, weight, emit);
-  }
-  auto activations = [&] { return Normed<E>{ptr<const float>(p.x), ptr<const E>(p.norm_w), nullptr, p.eps}; };
+  auto activations = [&] {
+    /* norm_rows.cu has normed them. */
+    if constexpr (LOOP == Loop::kMma)
+      return Raw<E>{ptr<const E>(p.x)};
+    else
+      return Normed<E>{ptr<const float>(p.x), ptr<const E>(p.norm_w), nullptr, p.eps};
+  };
   product<LOOP, E>(shape, activations, weight, emit);
 }
 
@@ -77,4 +79,4 @@ KERNEL(qkv_tile_f32, QkvParams, 256, 2) { qkv<float, Loop::kTile>(p); }
 KERNEL(qkv_tile_bf16, QkvParams, 256, 2) { qkv<bf16, Loop::kTile>(p); }
 KERNEL(qkv_stream_bf16, QkvParams, 256, 2) { qkv<bf16, Loop::kStream>(p); }
 KERNEL(qkv_ring_bf16, QkvParams, 256, 2) { qkv<bf16, Loop::kRing>(p); }
-KERNEL(qkv_mma_bf16, QkvParams, 256, 1) { qkv<bf16, Loop::kMma>(p); }
+KERNEL(qkv_mma_bf16, QkvParams, kMmaThreads, 1) { qkv<bf16, Loop::kMma>(p); }

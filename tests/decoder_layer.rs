@@ -145,6 +145,8 @@ fn reference<P: Precision>(
 struct Pass {
     rows: usize,
     x: Tensor,
+    /// Where the products of many rows find their rows normed.
+    normed: Option<Span>,
     row_seq: Span,
     row_pos: Span,
     q: Span,
@@ -178,7 +180,7 @@ fn nodes(
     let qkv = ops::qkv::Args {
         x,
         norm_w: w.norms[0].span,
-        normed: None,
+        normed: pass.normed,
         w: tiles(w.packed.qkv),
         bias: Some(w.qkv_bias.span),
         rope: rope.span,
@@ -219,7 +221,7 @@ fn nodes(
     let gate_up = ops::gate_up::Args {
         x,
         norm_w: w.norms[1].span,
-        normed: None,
+        normed: pass.normed,
         w: ops::gate_up::Weights::Tiles(w.packed.gate_up),
         gate_bias: None,
         up_bias: None,
@@ -232,13 +234,22 @@ fn nodes(
     };
     let o = project(pass.context, w.packed.o, HEADS_Q * HEAD_DIM);
     let down = project(pass.act, w.packed.down, INTERMEDIATE);
-    vec![
+    let norm = |i: usize| {
+        let norm_w = w.norms[i].span;
+        let args = |h| ops::norm_rows::Args { x, norm_w, h, rows, hidden: HIDDEN, eps: EPS };
+        pass.normed.map(|h| ops::norm_rows::node(&launch, "norm_rows", &args(h)).unwrap())
+    };
+    let [first, second] = [norm(0), norm(1)];
+    let to_attention = [
         ops::qkv::node(&launch, "qkv", &qkv).unwrap(),
         ops::attention::node(&launch, "attention", &attention).unwrap(),
         ops::o_proj::node(&launch, "o_proj", &o).unwrap(),
+    ];
+    let mlp = [
         ops::gate_up::node(&launch, "gate_up", &gate_up).unwrap(),
         ops::down::node(&launch, "down", &down).unwrap(),
-    ]
+    ];
+    first.into_iter().chain(to_attention).chain(second).chain(mlp).collect()
 }
 
 #[test]
@@ -298,6 +309,7 @@ fn a_decoder_layer_of_the_14b_model_agrees_with_the_reference() {
         let pass = Pass {
             rows,
             x: rig.random("x", DType::F32, rows * HIDDEN, 1.0).unwrap(),
+            normed: prefill.then(|| rig.output("normed", DTYPE, rows * HIDDEN).unwrap()),
             row_seq: rig.indices("row_seq", &row_seq).unwrap(),
             row_pos: rig.indices("row_pos", &row_pos).unwrap(),
             q: rig.output("q", DTYPE, rows * q_width).unwrap(),

@@ -4,7 +4,7 @@ use std::sync::Arc;
 use warpstep::device::emulated::{AsyncCopies, EmulatedDevice, EmulatedOptions, Order, build_kind};
 use warpstep::ops::harness::{Rig, Scale, encode};
 use warpstep::ops::product::ProductScratch;
-use warpstep::ops::{DType, Launch, Selection, gate_up, registry};
+use warpstep::ops::{DType, Launch, Selection, gate_up, norm_rows, registry};
 use warpstep::weights::pack::{Pairing, Tiles};
 
 /// Runs all cases up to `largest`; `WARPSTEP_CASES` keeps those whose name contains it.
@@ -73,9 +73,10 @@ fn every_small_case_agrees_in_any_order_on_any_number_of_sms() {
 /// the same whatever rows are beside it, and in whichever group of rows it is.
 #[test]
 fn a_row_of_a_packed_product_has_the_same_bits_beside_any_others() {
-    const HIDDEN: usize = 288;
+    // mma sums up K in two parts.
+    const HIDDEN: usize = 1056;
     const INTERMEDIATE: usize = 100;
-    const ROWS: usize = 133;
+    const ROWS: usize = 300;
     let tiles = Tiles::new(2 * INTERMEDIATE, HIDDEN, Pairing::Stacked).unwrap();
     let options = EmulatedOptions { sm_count: 5, ..EmulatedOptions::default() };
     for variant in ["stream", "ring", "mma"] {
@@ -92,10 +93,18 @@ fn a_row_of_a_packed_product_has_the_same_bits_beside_any_others() {
         let launch = Launch { selection: &selection, dtype: DType::Bf16, sm_count: 5, dependent: false };
         let mut act = |first: usize, rows: usize| {
             let act = rig.output("act", DType::Bf16, rows * INTERMEDIATE).unwrap();
+            let x = x.span.slice(first * HIDDEN * 4, rows * HIDDEN * 4);
+            let normed = (variant == "mma").then(|| {
+                let h = rig.output("h", DType::Bf16, rows * HIDDEN).unwrap();
+                let norm_w = norm_w.span;
+                let args = norm_rows::Args { x, norm_w, h, rows, hidden: HIDDEN, eps: 1e-6 };
+                rig.run(&norm_rows::node(&launch, "norm_rows", &args).unwrap()).unwrap();
+                h
+            });
             let args = gate_up::Args {
-                x: x.span.slice(first * HIDDEN * 4, rows * HIDDEN * 4),
+                x,
                 norm_w: norm_w.span,
-                normed: None,
+                normed,
                 w: gate_up::Weights::Tiles(w),
                 gate_bias: None,
                 up_bias: None,
@@ -111,7 +120,7 @@ fn a_row_of_a_packed_product_has_the_same_bits_beside_any_others() {
         };
         let together = act(0, ROWS);
         let row_bytes = INTERMEDIATE * 2;
-        for (first, rows) in [(0, 1), (5, 1), (9, 2), (60, 3), (127, 6), (132, 1), (3, 20)] {
+        for (first, rows) in [(0, 1), (5, 1), (9, 2), (60, 3), (127, 6), (254, 4), (299, 1), (3, 20)] {
             let alone = act(first, rows);
             assert!(
                 alone == together[first * row_bytes..][..rows * row_bytes],

@@ -73,7 +73,11 @@ fn packed_products_fit_an_sm_as_designed() {
     }
     let resources = cubins::resources();
     for op in ["qkv", "o_proj", "gate_up", "down", "out_proj", "linear", "lm_head"] {
-        for (variant, registers, shared) in [("stream", 128, 2048), ("ring", 128, 2048), ("mma", 255, 1280)] {
+        // 12 warps of mma begin with 168 registers per thread, and share them out.
+        for (variant, registers, shared) in [("stream", 128, 2048), ("ring", 128, 2048), ("mma", 168, 1024)] {
+            if variant == "mma" && ["out_proj", "lm_head"].contains(&op) {
+                continue;
+            }
             let symbol = format!("{op}_{variant}_bf16");
             let kernel =
                 resources.iter().find(|k| k.symbol == symbol).unwrap_or_else(|| panic!("no {symbol}"));

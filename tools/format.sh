@@ -16,5 +16,5 @@ case ${1-} in
 esac
 [[ -x $CLANG_FORMAT ]] || { echo "format: no $CLANG_FORMAT: run tools/setup.sh first" >&2; exit 1; }
 cargo fmt "${rust[@]}"
-git ls-files -z -- 'kernels/*.cu' 'kernels/*.cuh' 'kernels/*.cpp' 'kernels/*.h' |
+git ls-files -z -- 'kernels/*.cu' 'kernels/*.cuh' 'kernels/*.cpp' 'kernels/*.h' 'kernels/*.hpp' |
     xargs -0 "$CLANG_FORMAT" "${clang[@]}"

@@ -10,15 +10,16 @@
 #define SITE_ , SITE0
 #define PASS0 site
 #define PASS_ , site
-#define KERNEL(name, P, threads, blocks)                                                          \
-  static void name##_body(const P& p);                                                            \
-  static const emu::Kernel name##_kernel_entry(#name, __FILE__, sizeof(P), threads,               \
+#define KERNEL(name, P, threads, blocks)                                                                       \
+  static void name##_body(const P& p);                                                                         \
+  static const emu::Kernel name##_kernel_entry(#name, __FILE__, sizeof(P), threads,                            \
                                                [](const void* q) { name##_body(*static_cast<const P*>(q)); }); \
   static void name##_body([[maybe_unused]] const P& p)
 // The address of `name_key` identifies the array; one per function, and per instantiation of a template.
-#define SMEM(T, name, n)             \
-  static const char name##_key = 0;  \
-  T(&name)[n] = *static_cast<T(*)[n]>(emu::shared_static(&name##_key, sizeof(T) * (n), alignof(T), {__FILE__, __LINE__}))
+#define SMEM(T, name, n)            \
+  static const char name##_key = 0; \
+  T(&name)                          \
+  [n] = *static_cast<T(*)[n]>(emu::shared_static(&name##_key, sizeof(T) * (n), alignof(T), {__FILE__, __LINE__}))
 #define SMEM_DYN(T, name) T* name = static_cast<T*>(emu::shared_dynamic())
 
 DEV uint32_t tid_x() { return emu::self->tid.x; }
@@ -37,7 +38,9 @@ DEV uint32_t lane_id() { return emu::self->lane; }
 
 // ---- synchronisation ----
 DEV void block_sync(SITE0) { emu::block_sync(site); }
-DEV void warp_sync(uint32_t mask = FULL SITE_) { emu::warp_collective(nullptr, nullptr, mask, true, "warp_sync", site); }
+DEV void warp_sync(uint32_t mask = FULL SITE_) {
+  emu::warp_collective(nullptr, nullptr, mask, true, "warp_sync", site);
+}
 DEV void bar_sync(int id, uint32_t threads SITE_) { emu::bar_sync(id, threads, site); }
 DEV void bar_arrive(int id, uint32_t threads SITE_) { emu::bar_arrive(id, threads, site); }
 DEV void cluster_sync(SITE0) { emu::cluster_sync(site); }
@@ -49,6 +52,10 @@ DEV T* cluster_map(T* p, uint32_t rank SITE_) {
 }
 DEV void griddep_wait(SITE0) { emu::griddep_wait(site); }
 DEV void griddep_launch() {}
+template <int N>
+DEV void regs_grow() {}
+template <int N>
+DEV void regs_shrink() {}
 
 // ---- warp exchange ----
 namespace emu {
@@ -231,7 +238,8 @@ struct LdmatrixArg {
   const uint16_t* row;
   uint32_t stride;
 };
-// kCount loads in one collective. Lane 4r+c gets elements 2c and 2c+1 of row r of each matrix (of column r with .trans).
+// kCount loads in one collective. Lane 4r+c gets elements 2c and 2c+1 of row r of each matrix (of column r with
+// .trans).
 template <bool kTrans, int kCount>
 EMU_CALLBACK inline void ldmatrix_lanes(void* const* arg, uint32_t) {
   for (int matrix = 0; matrix < 4 * kCount; matrix++) {
@@ -290,7 +298,8 @@ EMU_CALLBACK inline void mma_lanes(void* const* arg, uint32_t) {
     for (int k = 0; k < 16; k++)
       for (int n = 0; n < N * 8; n++) sum[n] += a[row][k] * b[k][n];
     for (int n = 0; n < N * 8; n += 2) {
-      float* c = static_cast<MmaArg*>(arg[(row & 7) * 4 + n % 8 / 2])->c + (row / 16 * N + n / 8) * 4 + (row >> 3 & 1) * 2;
+      float* c =
+          static_cast<MmaArg*>(arg[(row & 7) * 4 + n % 8 / 2])->c + (row / 16 * N + n / 8) * 4 + (row >> 3 & 1) * 2;
       c[0] += sum[n], c[1] += sum[n + 1];
     }
   }

@@ -82,14 +82,14 @@ struct SharedCell {
 
 struct BlockClocks {
   std::vector<Clock> of_thread;
-  std::vector<uint8_t> waited;                    // by thread: ordered after a griddep_wait of the block
+  std::vector<uint8_t> waited;                       // by thread: ordered after a griddep_wait of the block
   std::vector<std::pair<uint16_t, uint32_t>> waits;  // thread and its clock at its griddep_wait
   std::unordered_map<const uint64_t*, Clock> mbarriers;
   std::vector<SharedCell> cells;
 };
 
 void clock_reset(Clock&);
-void clock_release(Fiber*, Clock&);        // what the fiber did so far happens before what acquires the clock
+void clock_release(Fiber*, Clock&);  // what the fiber did so far happens before what acquires the clock
 void clock_acquire(Fiber*, const Clock&);
 void clock_join_lanes(Fiber* lanes, uint32_t mask);
 void clock_join_cluster();

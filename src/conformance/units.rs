@@ -143,6 +143,15 @@ pub static UNITS: &[Unit] = &[
         expected: |input| bits(input.iter().map(|v| (v ^ 0x5a5a_5a5a).wrapping_add(1))),
     },
     Unit {
+        name: "registers",
+        primitives: &["regs_grow", "regs_shrink"],
+        steps: &[Step { symbol: "conformance_registers", geometry: || Geometry::linear(1, 384) }],
+        input: || noise(384, 16),
+        expected: |input| {
+            bits(input.iter().enumerate().map(|(i, v)| if i < 256 { v.wrapping_mul(3) } else { v ^ 5 }))
+        },
+    },
+    Unit {
         name: "cp_async",
         primitives: &["cp_async16", "cp_async_commit", "cp_async_wait"],
         steps: &[Step { symbol: "conformance_cp_async", geometry: || Geometry::linear(1, 32) }],

@@ -71,8 +71,8 @@ pub struct Rows {
     pub row_seq: Span,
     /// `[M]` u32: cache slot of each row.
     pub row_pos: Span,
-    /// `[M, D]`: the rows of a prompt, normed for the product at hand.
-    pub normed: Option<Span>,
+    /// `[M, D]`: the rows normed for the product at hand, where it takes them so.
+    pub normed: Span,
     /// `[M, Q, d]`: queries.
     pub q: Span,
     /// `[M, Q, d]`: attention output.
@@ -220,7 +220,7 @@ impl Backbone {
             && product::rows_alike(&ops::gate_up::OP, launch, layer.gate_up_layout(), rows)?)
     }
 
-    /// The rows normed in memory of their own, if there is some and the product takes them so.
+    /// The rows normed in memory of their own, if the product takes them so.
     fn record_norm(
         &self,
         launch: &Launch<'_>,
@@ -230,11 +230,10 @@ impl Backbone {
         norm_w: Span,
         rows: &Rows,
     ) -> Result<Option<Span>> {
-        let Some(h) = rows.normed else { return Ok(None) };
         if !product::takes_normed(op, launch, layout, rows.rows)? {
             return Ok(None);
         }
-        let (hidden, eps) = (self.dims.hidden, self.dims.eps);
+        let (h, hidden, eps) = (rows.normed, self.dims.hidden, self.dims.eps);
         let args = ops::norm_rows::Args { x: rows.x, norm_w, h, rows: rows.rows, hidden, eps };
         list.push(ops::norm_rows::node(launch, &name("norm_rows"), &args)?);
         Ok(Some(h))

@@ -136,6 +136,7 @@ pub(super) struct Slots {
     pub(super) x: Slot,
     pub(super) row_seq: Slot,
     pub(super) row_pos: Slot,
+    pub(super) normed: Slot,
     pub(super) q: Slot,
     pub(super) context: Slot,
     pub(super) act: Slot,
@@ -230,10 +231,10 @@ pub(super) fn plan_memory(model: &NextStep, info: &DeviceInfo, spec: &RunSpec) -
         .ok_or_else(|| Error::request("size", "the key/value cache overflows"))?;
     // By branches, not rows: the order of summation, and so the bits, must not depend on the batch.
     let splits = ops::attention::splits(info.sm_count, spec.branches, config.num_key_value_heads, capacity);
-    let (partial_floats, arrivals) = ProductScratch::sizes(
-        info.sm_count,
-        product_rows(model, sequences, &[rows, spec.steps.len(), spec.sources.tokens()]),
-    );
+    // Taps run out_proj, a product of few rows, on whole prompts.
+    let wide = product_rows(model, sequences, &[rows, spec.steps.len(), spec.sources.tokens()]);
+    let wide = if spec.taps { wide.max(exact_rows) } else { wide };
+    let (partial_floats, arrivals) = ProductScratch::sizes(info.sm_count, wide);
     let q_values = config.num_attention_heads * config.head_dim;
     let mut layout = Layout::default();
     let prefill = Life::only(Stage::Prefill);
@@ -262,6 +263,7 @@ pub(super) fn plan_memory(model: &NextStep, info: &DeviceInfo, spec: &RunSpec) -
         x: layout.add("x", sequences * config.hidden_size, float, both)?,
         row_seq: layout.add("row_seq", sequences, index, both)?,
         row_pos: layout.add("row_pos", sequences, index, both)?,
+        normed: layout.add("normed", sequences * config.hidden_size, element, decode)?,
         q: layout.add("q", sequences * q_values, element, decode)?,
         context: layout.add("context", sequences * q_values, element, decode)?,
         act: layout.add("act", sequences * config.intermediate_size, element, decode)?,

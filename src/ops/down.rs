@@ -56,6 +56,9 @@ fn cases() -> Vec<Case> {
         shape(5, 20, 6208, false),
         shape(21, 30, 1056, true),
         shape(131, 66, 96, false),
+        // In parts of K for mma, a last one of odd steps; several groups of its rows.
+        shape(12, 20, 1568, false),
+        shape(300, 40, 1120, true),
     ];
     let real = |rows| shape(rows, 5120, 13824, false);
     project::cases(&OP, &shapes, &[real(1), real(2), real(3), real(8), real(37)])

@@ -26,7 +26,6 @@ pub static OP: Op = Op {
         },
         product::stream(kernels!("lm_head", bf16: "lm_head_stream_bf16")),
         product::ring(kernels!("lm_head", bf16: "lm_head_ring_bf16")),
-        product::mma(kernels!("lm_head", bf16: "lm_head_mma_bf16")),
     ],
     cases,
 };

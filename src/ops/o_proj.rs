@@ -55,6 +55,7 @@ fn cases() -> Vec<Case> {
         shape(7, 16, 992, false),
         shape(19, 100, 288, true),
         shape(140, 75, 64, true),
+        shape(523, 37, 96, false),
     ];
     let real = |rows| shape(rows, 5120, 5120, false);
     project::cases(&OP, &shapes, &[real(1), real(2), real(3), real(8), real(37), real(130)])

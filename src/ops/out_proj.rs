@@ -25,7 +25,6 @@ pub static OP: Op = Op {
         },
         product::stream(kernels!("out_proj", bf16: "out_proj_stream_bf16")),
         product::ring(kernels!("out_proj", bf16: "out_proj_ring_bf16")),
-        product::mma(kernels!("out_proj", bf16: "out_proj_mma_bf16")),
     ],
     cases,
 };

@@ -85,7 +85,7 @@ const _: () = assert!(size_of::<NormRowsParams>() == 40);
 #[repr(C)]
 #[derive(Debug, Default, Copy, Clone, bytemuck::Pod, bytemuck::Zeroable)]
 pub struct QkvParams {
-    /// [M, D] float: residual stream; or [M, D] E: h, where norm_w is null (mma)
+    /// [M, D] float: residual stream; mma: [M, D] E, h
     pub x: u64,
     /// [D] E
     pub norm_w: u64,
@@ -183,7 +183,7 @@ const _: () = assert!(size_of::<ProjectParams>() == 64);
 #[repr(C)]
 #[derive(Debug, Default, Copy, Clone, bytemuck::Pod, bytemuck::Zeroable)]
 pub struct GateUpParams {
-    /// [M, D] float: residual stream; or [M, D] E: h, where norm_w is null (mma)
+    /// [M, D] float: residual stream; mma: [M, D] E, h
     pub x: u64,
     /// [D] E
     pub norm_w: u64,
