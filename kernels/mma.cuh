@@ -89,8 +89,6 @@ DEV void produce(const Product& p, const bf16* h, const MmaBlock& b) {
     const uint32_t i = chunk - b.first;
     if (i >= kMmaStages) {
       mbar_wait(b.empty + i % kMmaStages, (i / kMmaStages - 1) & 1);
-      /* Lanes may leave the spin apart. */
-      warp_sync();
       if (producer_id() == 0) copy_weights(p, b, chunk);
     }
     copy_rows(h, b, chunk, p.inner);
@@ -230,6 +228,7 @@ DEV void mma_product(const Product& p, Activations activations, Emit emit) {
       for (uint32_t i = 0; i < kMmaStages; i++) mbar_init(empty + i, (groups + kWarpGroups - 1) / kWarpGroups * 2);
       mbar_init_fence();
     }
+    /* Copies of other lanes complete on them. */
     warp_sync();
     for (uint32_t chunk = b.first; chunk < umin(b.first + kMmaStages, b.end); chunk++) copy_weights(p, b, chunk);
   }
