@@ -45,6 +45,17 @@ typedef struct {
   uint32_t rows, hidden; /* rows = S */
 } GatherRowsParams;
 
+/* sequence s gets keys, values and last row of its prompt from sequence origin[s], unless that is s itself */
+typedef struct {
+  uint64_t keys;     /* [layers, S, G, capacity, d] E, slots below length[s] read or written */
+  uint64_t values;   /* [layers, S, G, capacity, d] E, slots below length[s] read or written */
+  uint64_t prompt_x; /* [S, D] float, read and written */
+  uint64_t origin;   /* [S] uint32, each below S and an origin of its own */
+  uint64_t length;   /* [S] uint32: slots that the prompt takes, at most capacity */
+  uint32_t layers, sequences, heads_kv, capacity, hidden;
+  uint32_t slot_bytes; /* of d elements, a multiple of 4 */
+} RepeatPromptsParams;
+
 /* h[m, :] = E(E(x[m, :] / rms(x[m, :])) * norm_w) */
 typedef struct {
   uint64_t x;      /* [M, D] float: residual stream */

@@ -140,13 +140,16 @@ pub struct Timings {
     pub total_ms: f64,
 }
 
-/// What a generation took over from the one before it in its session.
+/// What a generation took over from the one before it in its session, and what its images took from each other.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, serde::Serialize)]
 pub struct Reuse {
     /// Memory and token lists (on a GPU the graphs) were there already.
     pub lists: bool,
     /// Prompt tokens, over all images and guidance branches, that went through the transformer.
     pub prefilled_tokens: usize,
+    /// Those whose keys and values were copied from another image or branch, which has the same prompt: all images of a
+    /// batch but one.
+    pub repeated_tokens: usize,
     /// Those whose keys and values were still in the cache: of prompts that the last request had too.
     pub kept_tokens: usize,
 }

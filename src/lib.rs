@@ -7,6 +7,7 @@
 //!         ─ VAE encoder → encode_latent → image_in_projector                            input pictures, editing
 //!         ─ prefill: embed → layers × {qkv → attention → o_proj → gate_up → down}      rows = prompt tokens,
 //!                                                          normed by norm_rows before qkv and gate_up in bf16
+//!           → repeat_prompts: from one image of a batch to the others, which have the same prompts
 //!    ┌──► token loop, one node list, replayed unchanged:
 //!    │      out_proj (final norm, projector) → cond_embed → flow_modulation (all evaluations at once)
 //!    │      randn → flow_chain (N evaluations, guidance, solver, image_in_projector) → token

@@ -31,12 +31,12 @@ const TOKENS_IN_FLIGHT: usize = 2;
 /// prepared lists (on a GPU the graphs) in it, for the next request of the same shape: image size, number of images,
 /// steps, guidance branches, sampler, and prompts of about the same length; prompts, seeds, scales and times may
 /// differ. It also keeps the keys and values of the prompts, so that one that comes again, such as a negative prompt,
-/// does not go through the transformer again. All else in the memory is overwritten. A request of another shape first
-/// gives that memory back, so that a session never holds more than one request's plan. After a request that failed or
-/// was stopped nothing is kept. Pictures are the same to the last bit with and without. [`Images::reuse`] says what
-/// was found, [`forget`](Self::forget) gives everything back: also what a server calls that may keep nothing of one
-/// user's prompts while it serves another. Rows that show input pictures are never kept, and previews' lists are made
-/// anew.
+/// does not go through the transformer again; the images of one request share theirs in any case. All else in the
+/// memory is overwritten. A request of another shape first gives that memory back, so that a session never holds more
+/// than one request's plan. After a request that failed or was stopped nothing is kept. Pictures are the same to the
+/// last bit with and without. [`Images::reuse`] says what was found, [`forget`](Self::forget) gives everything back:
+/// also what a server calls that may keep nothing of one user's prompts while it serves another. Rows that show input
+/// pictures are never kept, and previews' lists are made anew.
 pub struct Session {
     engine: Arc<Engine>,
     /// Wiped, and of a request that went well.
@@ -54,7 +54,7 @@ pub struct Images {
     pub timings: Timings,
     /// The pictures' tokens, if the request asked for them; without notes.
     pub tokens: Option<ImageTokens>,
-    /// What was there from the request before.
+    /// What was there from the request before, and what of its prompts was done once for all images.
     pub reuse: Reuse,
 }
 
@@ -166,8 +166,13 @@ impl Session {
 
         let mark = Instant::now();
         let (mut bound, lists) = self.bind(prepared.spec)?;
-        let (prefilled_tokens, kept_tokens) = bound.run.prompt_tokens();
-        let reuse = Reuse { lists, prefilled_tokens, kept_tokens };
+        let tokens = bound.run.prompt_tokens();
+        let reuse = Reuse {
+            lists,
+            prefilled_tokens: tokens.prefilled,
+            repeated_tokens: tokens.repeated,
+            kept_tokens: tokens.kept,
+        };
         timings.setup_ms = milliseconds(mark.elapsed());
         listener.send(&Event::Started {
             prompt_tokens: plan.prompt_tokens.iter().copied().max().unwrap_or(0),

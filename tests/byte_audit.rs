@@ -366,3 +366,38 @@ fn the_flow_head_reads_modulations_once_and_the_chain_once_per_evaluation() {
         bench.expect(&audit, "w_next", w_next.bytes, ONCE);
     }
 }
+
+/// Each copied byte is read and written once, and of sequences that have their prompt, of slots after it and of what
+/// nobody repeats none.
+#[test]
+fn repeated_prompts_are_copied_once_and_nothing_else_is() {
+    const LAYERS: usize = 3;
+    const LENGTH: [u32; 4] = [17, 17, 33, 17];
+    let Some(mut bench) = Bench::new() else { return };
+    let selection = Selection::default();
+    let launch = Launch { selection: &selection, dtype: DType::Bf16, sm_count: 132, dependent: false };
+    let slot_bytes = HEAD_DIM * E;
+    let cache_bytes = LAYERS * LENGTH.len() * HEADS_KV * CAPACITY * slot_bytes;
+    let args = ops::repeat_prompts::Args {
+        keys: bench.zeros("keys", cache_bytes),
+        values: bench.zeros("values", cache_bytes),
+        prompt_x: bench.zeros("prompt_x", LENGTH.len() * HIDDEN * 4),
+        origin: bench.indices("origin", &[0, 0, 2, 0]),
+        length: bench.indices("length", &LENGTH),
+        layers: LAYERS,
+        sequences: LENGTH.len(),
+        heads_kv: HEADS_KV,
+        head_dim: HEAD_DIM,
+        capacity: CAPACITY,
+        hidden: HIDDEN,
+    };
+    let audit = bench.run(&ops::repeat_prompts::node(&launch, "repeat_prompts", &args).unwrap());
+    let prompt = LAYERS * HEADS_KV * 17 * slot_bytes;
+    for (name, bytes) in [("keys", prompt), ("values", prompt), ("prompt_x", HIDDEN * 4)] {
+        let found = audit.buffers.iter().find(|b| b.name == name).unwrap();
+        let counted =
+            [found.read_bytes, found.read_unique_bytes, found.written_bytes, found.written_unique_bytes];
+        let bytes = bytes as u64;
+        assert_eq!(counted, [2 * bytes, bytes, 2 * bytes, 2 * bytes], "{name}");
+    }
+}

@@ -73,6 +73,9 @@ fn prompts_of_a_file_make_the_pictures_that_each_makes_alone() {
     let reuse = |line: usize, key: &str| lines[line]["reuse"][key].as_u64();
     assert_eq!((&lines[0]["reuse"]["lists"], &lines[1]["reuse"]["lists"]), (&false.into(), &true.into()));
     assert!(reuse(0, "kept_tokens") == Some(0) && reuse(1, "kept_tokens") > Some(0), "{lines:?}");
+    // The second image of each has the prompts of the first.
+    assert_eq!(reuse(0, "repeated_tokens"), reuse(0, "prefilled_tokens"));
+    assert_eq!(reuse(1, "repeated_tokens"), reuse(1, "prefilled_tokens"));
     assert!(lines[1]["files"][1].as_str().unwrap().ends_with("out-1-1.png"));
     assert!(text(&output.stderr).contains("prompt 2 of 2: a blue star"));
     let alone = dir.name("alone.png");

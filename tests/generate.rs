@@ -252,5 +252,7 @@ fn a_whole_picture_of_dependent_launches() {
     let mut request = request(&engine, "a red circle on a blue background");
     (request.width, request.height) = (32, 16);
     request.sampler.steps = 2;
+    // Two, so that the prompts are repeated.
+    request.n = 2;
     run(&engine, &request);
 }

@@ -60,9 +60,13 @@ impl Rig {
             images.tokens.iter().flat_map(|tokens| tokens.values.iter().map(|v| v.to_bits())).collect()
         };
         assert!(bits(&made) == bits(&fresh) && !bits(&made).is_empty(), "other tokens than a new session's");
-        let all: usize = made.plan.prompt_tokens.iter().sum::<usize>() * made.plan.images;
-        assert_eq!(fresh.reuse, Reuse { lists: false, prefilled_tokens: all, kept_tokens: 0 });
-        assert_eq!(made.reuse.prefilled_tokens + made.reuse.kept_tokens, all);
+        // The images of a branch have one prompt, and no two branches here.
+        let once: usize = made.plan.prompt_tokens.iter().sum();
+        let all = once * made.plan.images;
+        let first = Reuse { prefilled_tokens: once, repeated_tokens: all - once, ..Reuse::default() };
+        assert_eq!(fresh.reuse, first);
+        let Reuse { prefilled_tokens, repeated_tokens, kept_tokens, .. } = made.reuse;
+        assert_eq!(prefilled_tokens + repeated_tokens + kept_tokens, all);
         assert_eq!(self.session.kept_bytes(), made.plan.request_bytes());
         assert_eq!(self.device.live_bytes(), made.plan.weight_bytes + made.plan.request_bytes());
         made.reuse
@@ -78,6 +82,7 @@ fn what_does_not_change_is_not_done_again() {
     let reuse = |prefilled_tokens| Reuse {
         lists: true,
         prefilled_tokens,
+        repeated_tokens: 0,
         kept_tokens: caption + negative - prefilled_tokens,
     };
     assert!(!rig.check(&first).lists);
@@ -154,14 +159,59 @@ fn the_images_of_a_batch_keep_their_prompts() {
     };
     rig.check(&request);
     request.prompt = "a white star on a black background, large".into();
-    assert_ne!(rig.engine.plan(&request).unwrap().prompt_tokens[0], caption);
-    let reuse = rig.check(&request);
-    assert!(reuse.lists && reuse.kept_tokens == 3 * negative, "{reuse:?}");
+    let other = rig.engine.plan(&request).unwrap().prompt_tokens[0];
+    assert_ne!(other, caption);
+    let expected =
+        Reuse { lists: true, prefilled_tokens: other, repeated_tokens: 2 * other, kept_tokens: 3 * negative };
+    assert_eq!(rig.check(&request), expected);
+    let again =
+        Reuse { prefilled_tokens: 0, repeated_tokens: 0, kept_tokens: 3 * (other + negative), ..expected };
+    assert_eq!(rig.check(&request), again);
     // Without guidance only captions are there.
     (request.sampler.guidance_scale, request.negative_prompt) = (1.0, None);
     rig.check(&request);
     let reuse = rig.check(&GenerateRequest { seed: 77, ..request });
     assert!(reuse.lists && reuse.prefilled_tokens == 0, "{reuse:?}");
+}
+
+/// Each prompt goes through the transformer once, for all images of a batch; what they draw is what each draws alone.
+#[test]
+fn the_images_of_a_batch_share_their_prefill() {
+    let mut rig = Rig::new();
+    let text = rig.request();
+    let mut edit = GenerateRequest { images: vec![picture(32, 16, 7)], ..text.clone() };
+    edit.sampler.image_guidance_scale = 1.5;
+    let without = GenerateRequest { negative_prompt: None, ..text.clone() };
+    let same = GenerateRequest { negative_prompt: Some(CAPTION.into()), ..text.clone() };
+    let mut one_branch = without.clone();
+    one_branch.sampler.guidance_scale = 1.0;
+    for (request, distinct) in [(text, 2), (without, 2), (same, 1), (one_branch, 1), (edit, 3)] {
+        let batch = GenerateRequest { n: 3, ..request.clone() };
+        rig.session.forget();
+        let made = rig.draw(&batch).unwrap();
+        let tokens = &made.plan.prompt_tokens;
+        let once: usize = tokens[..distinct].iter().sum();
+        let expected = Reuse {
+            prefilled_tokens: once,
+            repeated_tokens: 3 * tokens.iter().sum::<usize>() - once,
+            ..Reuse::default()
+        };
+        assert_eq!(made.reuse, expected, "{:?}", request.negative_prompt);
+        let bits = |images: &Images| -> Vec<u32> {
+            images.tokens.iter().flat_map(|tokens| tokens.values.iter().map(|v| v.to_bits())).collect()
+        };
+        let mut alone = Vec::new();
+        for index in 0..3 {
+            let single =
+                rig.engine
+                    .session()
+                    .generate(&batch.single(index), &CancelToken::new(), &mut |_| Control::Continue);
+            let single = single.unwrap();
+            assert!(single.images[0] == made.images[index as usize], "image {index}");
+            alone.extend(bits(&single));
+        }
+        assert!(bits(&made) == alone && made.images[0] != made.images[1]);
+    }
 }
 
 fn picture(width: u32, height: u32, factor: u32) -> RgbImage {

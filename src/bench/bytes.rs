@@ -71,6 +71,7 @@ fn add(op: &mut OpBytes, run: &Run, node: &Node, span: Span, context: usize, wri
         // Declared whole; read up to the context, written in one slot per row.
         let rows = (run.spec().prompts.len() * cache.capacity).max(1) as u64;
         let touched = match written {
+            _ if node.kernel.module == "repeat_prompts" => run.prompt_tokens().repeated as u64,
             true => rows_of(node, run) as u64,
             false => (run.spec().prompts.len() * context.min(cache.capacity)) as u64,
         };
@@ -90,10 +91,10 @@ fn add(op: &mut OpBytes, run: &Run, node: &Node, span: Span, context: usize, wri
     }
 }
 
-/// Rows of a pass: every prompt token in the prefill, one per sequence after it.
+/// Rows of a pass: every token of a prompt in the prefill, one per sequence after it.
 fn rows_of(node: &Node, run: &Run) -> usize {
     match node.label.starts_with("prefill.") {
-        true => run.spec().prompts.iter().map(Vec::len).sum(),
+        true => run.prompt_tokens().prefilled,
         false => run.spec().prompts.len(),
     }
 }

@@ -359,17 +359,14 @@ fn accumulated(last: &[(usize, [f64; 4])], prompt: usize) -> Vec<Row> {
     rows
 }
 
-/// Operations of a prompt: two per weight and row, and the causal half of attention.
-fn prefill_flops(run: &Run, model: &NextStep) -> u64 {
+/// Operations of prompts of `prompt` tokens: two per weight and row, and the causal half of attention.
+fn prefill_flops(run: &Run, model: &NextStep, prompt: usize) -> u64 {
     let c = &model.config;
     let layer = c.hidden_size * (c.q_size() + 2 * c.kv_size())
         + c.q_size() * c.hidden_size
         + 3 * c.hidden_size * c.intermediate_size;
-    let per_sequence = |prompt: &Vec<u32>| {
-        let m = prompt.len() as u64;
-        2 * layer as u64 * m + 2 * c.q_size() as u64 * m * m
-    };
-    run.spec().prompts.iter().map(per_sequence).sum::<u64>() * c.num_hidden_layers as u64
+    let rows = run.prompt_tokens().prefilled as u64;
+    rows * (2 * layer as u64 + 2 * (c.q_size() * prompt) as u64) * c.num_hidden_layers as u64
 }
 
 fn prefill(run: &mut Run, options: &Options, rows: &mut Rows<'_>) -> Result<()> {
@@ -383,9 +380,9 @@ fn prefill(run: &mut Run, options: &Options, rows: &mut Rows<'_>) -> Result<()> 
         test: format!("prefill {}x{}", run.spec().prompts.len(), options.prompt),
         variant: part.kernels,
         dtype: run.dtype().name().into(),
-        shape: format!("{} rows", run.spec().prompts.iter().map(Vec::len).sum::<usize>()),
+        shape: format!("{} rows", run.prompt_tokens().prefilled),
         bytes: total(&part.ops, OpBytes::floor),
-        flops: prefill_flops(run, &model),
+        flops: prefill_flops(run, &model, options.prompt),
         samples_ms,
         ..Row::default()
     });

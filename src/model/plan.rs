@@ -9,6 +9,7 @@ use crate::error::{Error, Result};
 use crate::ops;
 use crate::ops::params::{GenerationState, GridBarrier, SolverStep};
 use crate::ops::product::ProductScratch;
+use std::collections::HashMap;
 use std::num::NonZeroU32;
 
 impl From<&crate::sampler::SolverStep> for SolverStep {
@@ -73,6 +74,24 @@ impl RunSpec {
         self.grid.0 * self.grid.1
     }
 
+    /// Of every sequence, the first that has the same prompt: ids, image tokens behind them, and angles. From these
+    /// follow its keys, values and last row, so that one sequence of each is prefilled and the others repeat it. For
+    /// verification, which looks at the rows of all, each is its own.
+    pub(super) fn origins(&self) -> Vec<usize> {
+        let mut first = HashMap::new();
+        let mut origins = Vec::with_capacity(self.prompts.len());
+        let mut next_row = 0;
+        for (sequence, prompt) in self.prompts.iter().enumerate() {
+            let rows = next_row..next_row + prompt.len();
+            next_row = rows.end;
+            // Without pictures there is no such table.
+            let shown = self.sources.rows.get(rows).unwrap_or_default();
+            let same = *first.entry((prompt, shown, self.rope_offset.get(sequence))).or_insert(sequence);
+            origins.push(if self.taps { sequence } else { same });
+        }
+        origins
+    }
+
     /// Whether generations of both, planned alike, record the same lists but for the prompts' and for the parameters
     /// of the draws: what differs is uploaded.
     pub(super) fn records_like(&self, other: &RunSpec) -> bool {
@@ -132,6 +151,7 @@ pub(super) struct Slots {
     pub(super) prefill_context: Slot,
     pub(super) prefill_act: Slot,
     pub(super) last_rows: Slot,
+    pub(super) origin: Slot,
     pub(super) prompt_x: Slot,
     pub(super) x: Slot,
     pub(super) row_seq: Slot,
@@ -217,7 +237,10 @@ pub(super) fn plan_memory(model: &NextStep, info: &DeviceInfo, spec: &RunSpec) -
     check_sizes(&dims, spec.steps.len(), sequences)?;
     let exact_rows: usize = spec.prompts.iter().map(Vec::len).sum();
     let planned = |prompt: &Vec<u32>| prompt.len().next_multiple_of(PROMPT_STEP);
-    let rows: usize = spec.prompts.iter().map(planned).sum();
+    // Of every prompt once.
+    let origins = spec.origins();
+    let distinct = spec.prompts.iter().enumerate().filter(|&(sequence, _)| origins[sequence] == sequence);
+    let rows: usize = distinct.map(|(_, prompt)| planned(prompt)).sum();
     let longest = spec.prompts.iter().map(planned).max().unwrap_or(0);
     let tokens = spec.tokens_total();
     // The last image token is never fed back, but a slot for it keeps `advance` inside the cache.
@@ -259,6 +282,7 @@ pub(super) fn plan_memory(model: &NextStep, info: &DeviceInfo, spec: &RunSpec) -
         prefill_context: layout.add("prefill.context", rows * q_values, element, prefill)?,
         prefill_act: layout.add("prefill.act", rows * config.intermediate_size, element, prefill)?,
         last_rows: layout.add("prefill.last_rows", sequences, index, prefill)?,
+        origin: layout.add("prefill.origin", sequences, index, prefill)?,
         prompt_x: layout.add("prompt_x", sequences * config.hidden_size, float, Life::KEPT)?,
         x: layout.add("x", sequences * config.hidden_size, float, both)?,
         row_seq: layout.add("row_seq", sequences, index, both)?,

@@ -7,7 +7,7 @@
 mod reuse;
 mod sources;
 
-pub use reuse::PrefillShape;
+pub use reuse::{PrefillShape, PromptTokens};
 pub(super) use sources::SourceParts;
 
 use super::arena::{Arena, Slot, Stage};
@@ -35,8 +35,10 @@ pub struct Run {
     cache: Cache,
     splits: usize,
     cache_buffers: [Buffer; 2],
-    /// Sequences that prefill takes, in order: those whose prompts are not in the cache.
+    /// Sequences whose prompts go through the transformer, in order: of those that the cache lacks, one of each.
     fresh: Vec<usize>,
+    /// Of every sequence, the one whose prompt prefill copies to it; itself where it is fresh or in the cache.
+    origin: Vec<usize>,
     /// Of every sequence, the prompt whose keys and values are in the cache, and its last row in `prompt_x`, when the
     /// next generation begins.
     cached: Vec<Option<Vec<u32>>>,
@@ -66,6 +68,7 @@ impl Run {
             positions: capacity + offset,
             rope_offset: arena.span(slots.rope_offset),
         };
+        let origin = spec.origins();
         let mut run = Run {
             model,
             stream: device.stream()?,
@@ -77,7 +80,8 @@ impl Run {
             cache,
             splits,
             cache_buffers: [keys, values],
-            fresh: (0..sequences).collect(),
+            fresh: own(&origin),
+            origin,
             cached: vec![None; sequences],
         };
         let rope = rope_table(&run.spec.frequencies, run.cache.positions, run.model.dtype);
@@ -127,13 +131,16 @@ impl Run {
             source_rows.extend(spec.sources.rows.get(rows).into_iter().flatten());
         }
         let lengths: Vec<u32> = spec.prompts.iter().map(|p| p.len() as u32).collect();
+        let origin: Vec<u32> = self.origin.iter().map(|&sequence| sequence as u32).collect();
+        ops::repeat_prompts::check_tables(&origin, &lengths, self.cache.capacity)?;
         let identity: Vec<u32> = (0..sequences as u32).collect();
         let guidance: Vec<f32> = spec.guidance.concat();
         let (state, barrier) = (GenerationState::default(), GridBarrier::default());
         let s = &self.slots;
         let prompts =
             [(s.ids, ids), (s.prefill_seq, row_seq), (s.prefill_pos, row_pos), (s.last_rows, last_rows)];
-        let tables: [(Slot, &[u8]); 7] = [
+        let tables: [(Slot, &[u8]); 8] = [
+            (s.origin, bytemuck::cast_slice(&origin)),
             (s.row_seq, bytemuck::cast_slice(&identity)),
             // The first image token goes into the slot after the prompt.
             (s.row_pos, bytemuck::cast_slice(&lengths)),
@@ -297,9 +304,9 @@ impl Run {
         }
     }
 
-    /// Nodes from the ids of the prompts that are not in the cache yet, and the tokens of encoded pictures, to the
-    /// residual rows that the first image token is sampled from. Without `embed` the residual stream is taken as it
-    /// stands in memory.
+    /// Nodes from the ids of the prompts that are not in the cache yet, once of each, and the tokens of encoded
+    /// pictures, to the residual rows that the first image token is sampled from. Without `embed` the residual stream
+    /// is taken as it stands in memory.
     pub fn record_prefill(&self, embed: bool) -> Result<NodeList> {
         let mut list = NodeList::new();
         let selection = self.stage_selection(Stage::Prefill)?;
@@ -329,6 +336,23 @@ impl Run {
             };
             list.push(ops::gather_rows::node(&launch, "prefill.gather_rows", &gather)?);
             done += run.len();
+        }
+        if self.repeats() {
+            let repeat = ops::repeat_prompts::Args {
+                keys: self.cache.keys,
+                values: self.cache.values,
+                prompt_x,
+                origin: self.arena.span(self.slots.origin),
+                // Until the first token is made, the slot after the prompt is its length.
+                length: self.arena.span(self.slots.row_pos),
+                layers: self.model.backbone.layers(),
+                sequences: self.cache.sequences,
+                heads_kv: self.model.config.num_key_value_heads,
+                head_dim: self.model.config.head_dim,
+                capacity: self.cache.capacity,
+                hidden,
+            };
+            list.push(ops::repeat_prompts::node(&launch, "prefill.repeat_prompts", &repeat)?);
         }
         // A copy: decoding writes over the rows that it starts from, and these outlive it.
         let gather = ops::gather_rows::Args {
@@ -543,6 +567,11 @@ impl Run {
     }
 }
 
+/// The sequences that are their own origins.
+fn own(origin: &[usize]) -> Vec<usize> {
+    (0..origin.len()).filter(|&sequence| origin[sequence] == sequence).collect()
+}
+
 /// Variants of a stage. Fixed by the stage, never by the number of rows: see [`Selection::or`].
 pub(super) fn stage_selection(model: &NextStep, chosen: &Selection, stage: Stage) -> Result<Selection> {
     let form = match stage {
@@ -652,6 +681,8 @@ mod tests {
             let norms = |node: &Node| node.reads.iter().any(|span| span.overlaps(&x));
             assert!(!products.iter().any(norms), "{op} norms rows itself");
         }
+        // There is nobody to share them with.
+        assert!(named(&prefill, "repeat_prompts").is_empty());
         // Few rows are normed by every block on its way.
         assert!(named(&run.record_token(false).unwrap(), "norm_rows").is_empty());
     }

@@ -28,6 +28,7 @@ pub mod product;
 pub mod project;
 pub mod qkv;
 pub mod randn;
+pub mod repeat_prompts;
 pub mod shared;
 pub mod to_rgb8;
 pub mod unpatchify;
@@ -138,6 +139,7 @@ static OPS: &[&Op] = &[
     &gate_up::OP,
     &down::OP,
     &gather_rows::OP,
+    &repeat_prompts::OP,
     &out_proj::OP,
     &linear::OP,
     &flow_modulation::OP,

@@ -64,6 +64,30 @@ pub struct GatherRowsParams {
 }
 const _: () = assert!(size_of::<GatherRowsParams>() == 32);
 
+/// sequence s gets keys, values and last row of its prompt from sequence origin[s], unless that is s itself
+#[repr(C)]
+#[derive(Debug, Default, Copy, Clone, bytemuck::Pod, bytemuck::Zeroable)]
+pub struct RepeatPromptsParams {
+    /// [layers, S, G, capacity, d] E, slots below length[s] read or written
+    pub keys: u64,
+    /// [layers, S, G, capacity, d] E, slots below length[s] read or written
+    pub values: u64,
+    /// [S, D] float, read and written
+    pub prompt_x: u64,
+    /// [S] uint32, each below S and an origin of its own
+    pub origin: u64,
+    /// [S] uint32: slots that the prompt takes, at most capacity
+    pub length: u64,
+    pub layers: u32,
+    pub sequences: u32,
+    pub heads_kv: u32,
+    pub capacity: u32,
+    pub hidden: u32,
+    /// of d elements, a multiple of 4
+    pub slot_bytes: u32,
+}
+const _: () = assert!(size_of::<RepeatPromptsParams>() == 64);
+
 /// h[m, :] = E(E(x[m, :] / rms(x[m, :])) \* norm_w)
 #[repr(C)]
 #[derive(Debug, Default, Copy, Clone, bytemuck::Pod, bytemuck::Zeroable)]

@@ -21,6 +21,7 @@ pub mod out_proj;
 pub mod project;
 pub mod qkv;
 pub mod randn;
+pub mod repeat_prompts;
 pub mod samplers;
 pub mod to_rgb8;
 pub mod unpatchify;

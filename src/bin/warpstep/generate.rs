@@ -118,7 +118,7 @@ pub struct Options {
     #[arg(long, value_name = "U64")]
     seed: Option<u64>,
 
-    /// Images to make in one batch; each is what it would be alone.
+    /// Images to make in one batch; each is what it would be alone. Their prompts are prefilled once for all.
     #[arg(short, value_name = "N", alias = "num-images-per-caption")]
     n: Option<u32>,
 
@@ -337,11 +337,12 @@ impl Options {
         progress.suspend(|| {
             files.iter().for_each(|file| eprintln!("wrote {}", file.display()));
             eprintln!(
-                "encode {:.0} ms, prefill {:.0} ms ({} tokens, {} kept), {} tokens in {:.0} ms ({:.1} tokens/s), \
-                 VAE {:.0} ms, total {:.2} s",
+                "encode {:.0} ms, prefill {:.0} ms ({} tokens, {} repeated, {} kept), {} tokens in {:.0} ms \
+                 ({:.1} tokens/s), VAE {:.0} ms, total {:.2} s",
                 t.vae_encode_ms,
                 t.prefill_ms,
                 result.reuse.prefilled_tokens,
+                result.reuse.repeated_tokens,
                 result.reuse.kept_tokens,
                 plan.image_tokens,
                 t.decode_ms,

@@ -3,9 +3,9 @@
 //!
 //! A prompt is kept by its ids alone, which with the weights decide its keys and values to the last bit: kernels of a
 //! stage sum in the same order whatever else is in the batch. Where they do not, nothing is kept. Prompts that show
-//! pictures are not kept either.
+//! pictures are not kept either. What a sequence repeats of another one is kept where that one's is.
 
-use super::{Run, stage_selection};
+use super::{Run, own, stage_selection};
 use crate::device::Span;
 use crate::error::Result;
 use crate::model::arena::Stage;
@@ -19,6 +19,19 @@ const WIPED: u8 = 0xff;
 pub struct PrefillShape {
     fresh: Vec<usize>,
     rows: usize,
+    /// Which sequences these are is in a table.
+    repeats: bool,
+}
+
+/// Prompt tokens over all sequences, by what prefill does with them.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct PromptTokens {
+    /// They go through the transformer.
+    pub prefilled: usize,
+    /// Their keys and values are copied from another sequence, which has the same prompt.
+    pub repeated: usize,
+    /// Nothing: the cache holds their keys and values from the last generation.
+    pub kept: usize,
 }
 
 impl Run {
@@ -36,15 +49,28 @@ impl Run {
     /// Begins another generation, after [`wipe`](Self::wipe), with a spec that [`fits`](Self::fits). Prompts that the
     /// cache still holds are not prefilled again.
     pub fn rebind(&mut self, spec: RunSpec) -> Result<()> {
-        let missing = |sequence: &usize| self.cached[*sequence].as_ref() != Some(&spec.prompts[*sequence]);
-        let fresh: Vec<usize> = (0..spec.prompts.len()).filter(missing).collect();
+        let first = spec.origins();
+        let kept = |sequence: usize| self.cached[sequence].as_ref() == Some(&spec.prompts[sequence]);
+        // What is in the cache stays where it is, and the first of it serves the sequences that lack it.
+        let mut holder = first.clone();
+        for sequence in (0..first.len()).rev().filter(|&sequence| kept(sequence)) {
+            holder[first[sequence]] = sequence;
+        }
+        let origin: Vec<usize> =
+            (0..first.len()).map(|s| if kept(s) { s } else { holder[first[s]] }).collect();
+        let all = own(&first);
+        let fresh: Vec<usize> = own(&origin).into_iter().filter(|&sequence| !kept(sequence)).collect();
         let rows = |sequences: &[usize]| sequences.iter().map(|&s| spec.prompts[s].len()).sum();
-        let all: Vec<usize> = (0..spec.prompts.len()).collect();
         // The same bits as a session would give that had none of them.
         let alike = self.rows_alike(rows(&fresh))? && self.rows_alike(rows(&all))?;
-        self.fresh = if alike { fresh } else { all };
+        (self.fresh, self.origin) = if alike { (fresh, origin) } else { (all, first) };
         self.spec = spec;
         self.upload_tables()
+    }
+
+    /// Whether a sequence takes the prompt of another one.
+    pub(super) fn repeats(&self) -> bool {
+        self.origin.iter().enumerate().any(|(sequence, &origin)| origin != sequence)
     }
 
     /// Whether the bits of each of `rows` prompt rows are what they are in any other number of rows.
@@ -55,14 +81,20 @@ impl Run {
 
     /// What the list of [`record_prefill`](Self::record_prefill) depends on beside the memory plan.
     pub fn prefill_shape(&self) -> PrefillShape {
-        PrefillShape { fresh: self.fresh.clone(), rows: self.prefill_rows().rows }
+        PrefillShape { fresh: self.fresh.clone(), rows: self.prefill_rows().rows, repeats: self.repeats() }
     }
 
-    /// Prompt tokens, over all sequences, that prefill takes, and that it need not.
-    pub fn prompt_tokens(&self) -> (usize, usize) {
-        let all: usize = self.spec.prompts.iter().map(Vec::len).sum();
-        let fresh = self.prefill_rows().rows;
-        (fresh, all - fresh)
+    /// What prefill does with the prompt tokens of all sequences.
+    pub fn prompt_tokens(&self) -> PromptTokens {
+        let mut tokens = PromptTokens { prefilled: self.prefill_rows().rows, repeated: 0, kept: 0 };
+        for (sequence, prompt) in self.spec.prompts.iter().enumerate() {
+            if self.origin[sequence] != sequence {
+                tokens.repeated += prompt.len();
+            } else if !self.fresh.contains(&sequence) {
+                tokens.kept += prompt.len();
+            }
+        }
+        tokens
     }
 
     /// Device bytes of this run.
@@ -77,7 +109,7 @@ impl Run {
         let keeps = self.rows_alike(self.prefill_rows().rows)?;
         let placeholder = self.model.config.image_placeholder_id;
         for (sequence, prompt) in self.spec.prompts.iter().enumerate() {
-            let kept = match self.fresh.contains(&sequence) {
+            let kept = match self.fresh.contains(&self.origin[sequence]) {
                 true => keeps && !prompt.contains(&placeholder),
                 false => true,
             };
@@ -210,7 +242,7 @@ mod tests {
             let spec = engine.prepare(&other).unwrap().spec;
             assert!(first.fits(&spec).unwrap());
             first.rebind(spec).unwrap();
-            assert_eq!(first.fresh, [0, 1]);
+            assert_eq!((&first.fresh[..], &first.origin[..]), (&[0][..], &[0, 0, 2, 3][..]));
             generate(&mut first);
             first.wipe().unwrap();
             check_memory(&mut first);
@@ -225,6 +257,110 @@ mod tests {
         let kept: Vec<bool> = edit.cached.iter().map(Option::is_some).collect();
         assert_eq!(kept, [false, false, false, false, true, true]);
         check_memory(&mut edit);
+    }
+
+    fn downloaded(run: &mut Run, span: Span) -> Vec<u8> {
+        let mut bytes = vec![0; span.bytes];
+        run.stream().download(span.ptr, &mut bytes).unwrap();
+        bytes
+    }
+
+    /// Keys, values and last rows of all prompts.
+    fn prompts_of(run: &mut Run) -> Vec<u8> {
+        let mut bytes = downloaded(run, run.arena.span(run.slots.prompt_x));
+        let lengths: Vec<usize> = run.spec.prompts.iter().map(Vec::len).collect();
+        let config = run.model.config.clone();
+        let slot_bytes = config.head_dim * run.model.dtype.bytes();
+        let (heads, capacity) = (config.num_key_value_heads, run.cache.capacity);
+        for buffer in [run.cache.keys, run.cache.values] {
+            for row in 0..config.num_hidden_layers * lengths.len() * heads {
+                let length = lengths[row / heads % lengths.len()];
+                bytes.extend(downloaded(run, buffer.slice(row * capacity * slot_bytes, length * slot_bytes)));
+            }
+        }
+        bytes
+    }
+
+    /// More than requests ask for, whose images have one prompt: prompts of images alone, from the cache, and from
+    /// sequences that come later.
+    #[test]
+    fn every_prompt_is_prefilled_once_and_the_first_that_is_there_serves_all() {
+        let (device, engine) = engine();
+        let three = GenerateRequest { n: 3, ..request(&engine) };
+        let words = ["a circle", "a red square", "blurry", "two white stars on black", "a blue triangle"];
+        let ids = words.map(|prompt| {
+            let other = GenerateRequest { prompt: prompt.into(), ..three.clone() };
+            engine.prepare(&other).unwrap().spec.prompts[0].clone()
+        });
+        let spec = |which: [usize; 6]| {
+            let prompts = which.map(|index| ids[index].clone()).to_vec();
+            RunSpec { prompts, ..engine.prepare(&three).unwrap().spec }
+        };
+        let new = |spec| Run::new(engine.model.clone(), &device, Selection::default(), spec).unwrap();
+        let rounds = [
+            ([0, 1, 0, 2, 2, 2], &[0, 1, 3][..], [0, 1, 0, 3, 3, 3]),
+            ([0, 0, 3, 2, 2, 2], &[2], [0, 0, 2, 3, 4, 5]),
+            ([4, 0, 4, 2, 2, 0], &[0], [0, 1, 0, 3, 4, 1]),
+            ([0, 0, 4, 2, 0, 2], &[], [1, 1, 2, 3, 1, 3]),
+        ];
+        let mut kept = new(spec(rounds[0].0));
+        for (round, (which, fresh, origin)) in rounds.into_iter().enumerate() {
+            if round > 0 {
+                assert!(kept.fits(&spec(which)).unwrap());
+                kept.rebind(spec(which)).unwrap();
+            }
+            assert_eq!((&kept.fresh[..], &kept.origin[..]), (fresh, &origin[..]), "round {round}");
+            let tokens = |of: &dyn Fn(usize) -> bool| -> usize {
+                (0..6).filter(|&sequence| of(sequence)).map(|sequence| ids[which[sequence]].len()).sum()
+            };
+            let expected = PromptTokens {
+                prefilled: tokens(&|sequence| fresh.contains(&sequence)),
+                repeated: tokens(&|sequence| origin[sequence] != sequence),
+                kept: tokens(&|sequence| origin[sequence] == sequence && !fresh.contains(&sequence)),
+            };
+            assert_eq!(kept.prompt_tokens(), expected);
+            generate(&mut kept);
+            // With the buffers that verification reads every sequence goes through the transformer.
+            let mut all = new(RunSpec { taps: true, ..spec(which) });
+            assert_eq!((all.fresh.len(), all.repeats()), (6, false));
+            generate(&mut all);
+            assert!(prompts_of(&mut kept) == prompts_of(&mut all), "round {round}");
+            let mut other = new(spec(which));
+            assert_eq!(other.fresh.len(), 3);
+            generate(&mut other);
+            let [mine, theirs] = [&mut kept, &mut other].map(|run| downloaded(run, run.buffers().tokens));
+            assert!(mine == theirs, "round {round}");
+            kept.wipe().unwrap();
+            assert!(kept.cached.iter().all(Option::is_some));
+            check_memory(&mut kept);
+        }
+        // Nothing was fresh and nothing is, but a list that copies is not one that does not.
+        let copies = kept.prefill_shape();
+        kept.rebind(spec(rounds[3].0)).unwrap();
+        assert_eq!((kept.fresh.len(), kept.repeats()), (0, false));
+        assert_ne!(kept.prefill_shape(), copies);
+    }
+
+    /// The same ids are not the same prompt where other image tokens stand behind them or angles differ.
+    #[test]
+    fn prompts_that_differ_in_what_they_show_or_where_are_not_shared() {
+        let (_, engine) = engine();
+        let mut edit = request(&engine);
+        edit.images = vec![RgbImage::new(32, 16, vec![99; 32 * 16 * 3]).unwrap()];
+        let spec = engine.prepare(&edit).unwrap().spec;
+        assert_eq!(spec.origins(), [0, 0, 2, 2]);
+        let length = spec.prompts[0].len();
+        let shown = spec.sources.rows.iter().position(|&row| row != crate::ops::embed::TEXT).unwrap();
+        let mut other = spec.clone();
+        other.sources.rows[length + shown] += 1;
+        assert_eq!(other.origins(), [0, 1, 2, 2]);
+        let mut other = spec.clone();
+        other.rope_offset[3] = 1;
+        assert_eq!(other.origins(), [0, 0, 2, 3]);
+        let mut other = spec.clone();
+        other.prompts[1][0] += 1;
+        assert_eq!(other.origins(), [0, 1, 2, 2]);
+        assert_eq!(RunSpec { taps: true, ..spec }.origins(), [0, 1, 2, 3]);
     }
 
     /// What is not changed in a list that is kept needs no change.
