@@ -1,6 +1,6 @@
 //! Compiles every kernel twice: with the host's C++ compiler for the emulated device, always, and with nvcc to one
 //! sm_90a cubin per file, where there is an nvcc. Both go through the same cache, one entry per file, because cargo
-//! runs this script as a whole whenever anything under `kernels/` changes.
+//! runs this script as a whole whenever anything under `kernels/` changes. All feature sets of a profile share it.
 //!
 //! Environment:
 //! - `WARPSTEP_EMULATOR=opt|asan|race|count`: what the emulated kernels are instrumented for (default `opt`);
@@ -44,7 +44,7 @@ fn build() -> Result<()> {
             "warpstep builds for x86_64 Linux only: the emulated device switches fibers in assembly".into()
         );
     }
-    let tree = Tree { root: cargo_env("CARGO_MANIFEST_DIR")?.into(), out: cargo_env("OUT_DIR")?.into() };
+    let tree = Tree::new(cargo_env("CARGO_MANIFEST_DIR")?.into(), cargo_env("OUT_DIR")?.into())?;
     let emulated = Emulated::new(&tree)?;
     let nvcc = Nvcc::find(&tree)?;
 
@@ -72,9 +72,19 @@ fn at(path: &Path) -> impl Fn(std::io::Error) -> String {
 struct Tree {
     root: PathBuf,
     out: PathBuf,
+    /// Compiled kernels. They take minutes and do not depend on features, but cargo has an OUT_DIR for each feature
+    /// set; so they are beside those, in the profile's `build` folder, which cargo locks while this script runs.
+    cache: PathBuf,
 }
 
 impl Tree {
+    fn new(root: PathBuf, out: PathBuf) -> Result<Tree> {
+        let beside = out.ancestors().find(|folder| folder.file_name() == Some(OsStr::new("build")));
+        let cache = beside.unwrap_or(&out).join("warpstep-kernels");
+        fs::create_dir_all(&cache).map_err(at(&cache))?;
+        Ok(Tree { root, out, cache })
+    }
+
     /// The files of `folder` with `extension`, sorted; none where the folder is missing.
     fn sources(&self, folder: &str, extension: &str) -> Result<Vec<PathBuf>> {
         let folder = self.root.join(folder);
@@ -208,6 +218,9 @@ impl Emulated {
         }
         let mut config = Emulated::archiver();
         config.std("c++20").opt_level(2).include(tree.root.join("kernels"));
+        // Lines, as in the Rust profile. All that -g describes is three quarters of the objects, which every test links,
+        // and a fifth of the time to compile them.
+        config.debug(false).flag("-g1");
         // Not -ffast-math: NaN poison has to live. Kernels reinterpret buffers as freely as nvcc lets them.
         for flag in ["-march=x86-64-v3", "-fno-strict-aliasing", "-Wall", "-Wno-unknown-pragmas"] {
             config.flag(flag);
@@ -246,7 +259,7 @@ impl Emulated {
 
     /// The runtime, all kernels, and the kernels with planted bugs that the emulator's own tests run.
     fn jobs(&self, tree: &Tree) -> Result<Vec<Job>> {
-        let folder = tree.out.join("emulated").join(&self.build);
+        let folder = tree.cache.join(&self.build);
         fs::create_dir_all(&folder).map_err(at(&folder))?;
         let mut jobs = Vec::new();
         for (sources, extension, flags) in [
@@ -346,7 +359,7 @@ impl Nvcc {
     }
 
     fn job(&self, tree: &Tree, source: PathBuf) -> Job {
-        let output = tree.out.join(stem(&source)).with_extension("cubin");
+        let output = tree.cache.join(stem(&source)).with_extension("cubin");
         let mut args: Vec<OsString> =
             ["-std=c++20", "-O3", "--expt-relaxed-constexpr", "-cubin"].map(Into::into).into();
         // Plain sm_90 refuses wgmma and setmaxnreg.

@@ -15,12 +15,12 @@ mod files {
             include_str!(concat!(env!("CARGO_MANIFEST_DIR"), "/tools/demo/model/", $name))
         };
     }
-    pub const CONFIG: &str = text!("config.json");
-    pub const WEIGHTS: &[u8] = file!("model.safetensors");
-    pub const TOKENIZER: &[u8] = file!("tokenizer.json");
-    pub const TOKENIZER_CONFIG: &[u8] = file!("tokenizer_config.json");
-    pub const VAE_CONFIG: &str = text!("vae/config.json");
-    pub const VAE_WEIGHTS: &[u8] = file!("vae/model.safetensors");
+    pub static CONFIG: &str = text!("config.json");
+    pub static WEIGHTS: &[u8] = file!("model.safetensors");
+    pub static TOKENIZER: &[u8] = file!("tokenizer.json");
+    pub static TOKENIZER_CONFIG: &[u8] = file!("tokenizer_config.json");
+    pub static VAE_CONFIG: &str = text!("vae/config.json");
+    pub static VAE_WEIGHTS: &[u8] = file!("vae/model.safetensors");
 }
 
 /// Name of the embedded model.

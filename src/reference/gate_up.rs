@@ -1,8 +1,8 @@
 //! Normalise, then the gated half of the MLP.
 
 use super::Precision;
-use super::linear::{linear_row, silu};
-use super::norm::rms_norm;
+use super::linear::{linear_rows, silu};
+use super::norm::rms_norm_rows;
 
 /// Inputs of [`gate_up`].
 #[derive(Clone, Copy, Debug)]
@@ -27,12 +27,8 @@ pub struct GateUp<'a> {
 
 /// `silu(gate h) * (up h)`, `[rows, intermediate_size]`.
 pub fn gate_up<P: Precision>(i: &GateUp) -> Vec<f64> {
-    let mut out = Vec::new();
-    for x in i.x.chunks_exact(i.hidden_size) {
-        let h = rms_norm::<P>(x, i.norm_weight, i.eps);
-        let gate = linear_row::<P>(i.gate, i.gate_bias, &h);
-        let up = linear_row::<P>(i.up, i.up_bias, &h);
-        out.extend(gate.iter().zip(&up).map(|(&g, &u)| P::widen(P::store(P::store(silu::<P>(g)) * u))));
-    }
-    out
+    let h = rms_norm_rows::<P>(i.x, i.norm_weight, i.eps);
+    let gate = linear_rows::<P>(i.gate, i.gate_bias, &h, i.hidden_size);
+    let up = linear_rows::<P>(i.up, i.up_bias, &h, i.hidden_size);
+    gate.iter().zip(&up).map(|(&g, &u)| P::widen(P::store(P::store(silu::<P>(g)) * u))).collect()
 }

@@ -43,6 +43,91 @@ pub fn linear_row<P: Precision>(weight: &[f32], bias: Option<&[f32]>, input: &[P
     outputs
 }
 
+/// Rows that are added up side by side, each along K in order: their values lie beside each other in memory, so a vector
+/// register takes several of them.
+const ROWS: usize = 8;
+/// Outputs that share a read of those values.
+const OUTPUTS: usize = 4;
+
+/// `sum_k weights[n][k] * columns[k][m]` for each of N outputs and [`ROWS`] rows, in the order of k.
+#[inline(always)]
+fn products<P: Precision, const N: usize>(
+    weights: [&[f32]; N],
+    columns: &[[P::T; ROWS]],
+) -> [[P::T; ROWS]; N] {
+    let weights = weights.map(|row| &row[..columns.len()]);
+    let mut sums = [[P::constant(0.0); ROWS]; N];
+    for (k, column) in columns.iter().enumerate() {
+        for (sums, row) in sums.iter_mut().zip(weights) {
+            let weight = P::load(row[k]);
+            for (sum, &v) in sums.iter_mut().zip(column) {
+                *sum += weight * v;
+            }
+        }
+    }
+    sums
+}
+
+/// [`products`] with registers of twice the width. The results are the same: nothing is fused or reordered.
+///
+/// # Safety
+///
+/// The processor has AVX2.
+#[target_feature(enable = "avx2")]
+unsafe fn products_avx2<P: Precision, const N: usize>(
+    weights: [&[f32]; N],
+    columns: &[[P::T; ROWS]],
+) -> [[P::T; ROWS]; N] {
+    products::<P, N>(weights, columns)
+}
+
+/// What [`linear_row`] makes of every row of `inputs` (`[rows, inner]`), to the bit: `[rows, outputs]`. Each weight is
+/// read once for [`ROWS`] rows instead of once for each.
+pub fn linear_rows<P: Precision>(
+    weight: &[f32],
+    bias: Option<&[f32]>,
+    inputs: &[P::T],
+    inner: usize,
+) -> Vec<P::T> {
+    let (rows, width) = (inputs.len() / inner, weight.len() / inner);
+    if rows < ROWS / 2 {
+        return inputs.chunks_exact(inner).flat_map(|row| linear_row::<P>(weight, bias, row)).collect();
+    }
+    // [groups][inner][ROWS]; rows that the last group lacks are zeros.
+    let groups: Vec<Vec<[P::T; ROWS]>> = inputs
+        .chunks(ROWS * inner)
+        .map(|group| {
+            let value =
+                |m: usize, k: usize| group.get(m * inner + k).copied().unwrap_or_else(|| P::constant(0.0));
+            (0..inner).map(|k| std::array::from_fn(|m| value(m, k))).collect()
+        })
+        .collect();
+    let wide = is_x86_feature_detected!("avx2");
+    // [outputs, rows]
+    let mut turned = vec![P::constant(0.0); rows * width];
+    split_rows(&mut turned, OUTPUTS * rows, |group, turned| {
+        let first = group * OUTPUTS;
+        // A last group of fewer outputs computes its last one several times.
+        let count = turned.len() / rows;
+        let weights: [&[f32]; OUTPUTS] =
+            std::array::from_fn(|n| &weight[(first + n.min(count - 1)) * inner..]);
+        for (m, columns) in groups.iter().enumerate() {
+            let sums = if wide {
+                // SAFETY: the processor has it.
+                unsafe { products_avx2::<P, OUTPUTS>(weights, columns) }
+            } else {
+                products::<P, OUTPUTS>(weights, columns)
+            };
+            for (n, (turned, sums)) in turned.chunks_exact_mut(rows).zip(sums).enumerate() {
+                for (out, sum) in turned[m * ROWS..].iter_mut().zip(sums) {
+                    *out = P::store(bias.map_or(sum, |b| sum + P::load(b[first + n])));
+                }
+            }
+        }
+    });
+    (0..rows * width).map(|at| turned[at % width * rows + at / width]).collect()
+}
+
 /// `x * sigmoid(x)`, not stored.
 pub fn silu<P: Precision>(x: P::T) -> P::T {
     x / (P::constant(1.0) + (-x).exp())
@@ -65,18 +150,13 @@ pub struct Linear<'a> {
 
 /// `y[m] = act(weight x[m] + bias)`, `[rows, outputs]`.
 pub fn linear<P: Precision>(i: &Linear) -> Vec<f64> {
-    let mut y = Vec::new();
-    for x in i.x.chunks_exact(i.inner) {
-        for v in linear_row::<P>(i.weight, i.bias, &P::load_all(x)) {
-            y.push(P::widen(if i.silu { P::store(silu::<P>(v)) } else { v }));
-        }
-    }
-    y
+    let y = linear_rows::<P>(i.weight, i.bias, &P::load_all(i.x), i.inner);
+    y.into_iter().map(|v| P::widen(if i.silu { P::store(silu::<P>(v)) } else { v })).collect()
 }
 
 #[cfg(test)]
 mod tests {
-    use super::super::{Exact, PlainF32};
+    use super::super::{Exact, PlainBf16, PlainF32};
     use super::*;
 
     #[test]
@@ -97,6 +177,34 @@ mod tests {
             assert_eq!(linear_row::<PlainF32>(&weight, Some(&bias), &input), expected);
             let exact = linear_row::<Exact>(&weight, Some(&bias), &Exact::load_all(&input));
             assert!(exact.iter().zip(&expected).all(|(e, &f)| (e - f64::from(f)).abs() < 1e-4));
+        }
+    }
+
+    #[test]
+    fn rows_together_are_what_each_is_alone() {
+        // Less than a group of outputs or rows, remainders of both, whole groups of both.
+        for (rows, outputs, inner) in [(1, 3, 5), (4, 1, 7), (5, 6, 3), (8, 8, 64), (17, 13, 33)] {
+            let values = |n: usize, step: f32| (0..n).map(|i| (i as f32 * step).sin()).collect::<Vec<f32>>();
+            let (weight, bias, inputs) =
+                (values(outputs * inner, 0.7), values(outputs, 0.3), values(rows * inner, 0.9));
+            fn check<P: Precision>(weight: &[f32], bias: Option<&[f32]>, inputs: &[f32], inner: usize) {
+                let inputs = P::load_all(inputs);
+                let alone: Vec<f64> = inputs
+                    .chunks_exact(inner)
+                    .flat_map(|row| P::widen_all(&linear_row::<P>(weight, bias, row)))
+                    .collect();
+                assert_eq!(P::widen_all(&linear_rows::<P>(weight, bias, &inputs, inner)), alone);
+                // And without the registers that this machine may have.
+                let columns: Vec<[P::T; ROWS]> = (0..inner).map(|k| [inputs[k]; ROWS]).collect();
+                let [sums] = products::<P, 1>([weight], &columns);
+                let first = P::store(bias.map_or(sums[0], |b| sums[0] + P::load(b[0])));
+                assert_eq!(P::widen(first), alone[0]);
+            }
+            for bias in [None, Some(&bias[..])] {
+                check::<Exact>(&weight, bias, &inputs, inner);
+                check::<PlainF32>(&weight, bias, &inputs, inner);
+                check::<PlainBf16>(&weight, bias, &inputs, inner);
+            }
         }
     }
 }

@@ -1,8 +1,8 @@
 //! Final norm and `lm_head`.
 
 use super::Precision;
-use super::linear::linear_row;
-use super::norm::rms_norm;
+use super::linear::linear_rows;
+use super::norm::rms_norm_rows;
 
 /// Inputs of [`lm_head`].
 #[derive(Clone, Copy, Debug)]
@@ -21,11 +21,7 @@ pub struct LmHead<'a> {
 
 /// The normalised rows, `[sequences, hidden_size]`, and their logits, `[sequences, vocab_size]`.
 pub fn lm_head<P: Precision>(i: &LmHead) -> (Vec<f64>, Vec<f64>) {
-    let (mut norm, mut logits) = (Vec::new(), Vec::new());
-    for x in i.x.chunks_exact(i.hidden_size) {
-        let h = rms_norm::<P>(x, i.norm_weight, i.eps);
-        norm.extend(P::widen_all(&h));
-        logits.extend(P::widen_all(&linear_row::<P>(i.weight, None, &h)));
-    }
-    (norm, logits)
+    let h = rms_norm_rows::<P>(i.x, i.norm_weight, i.eps);
+    let logits = linear_rows::<P>(i.weight, None, &h, i.hidden_size);
+    (P::widen_all(&h), P::widen_all(&logits))
 }

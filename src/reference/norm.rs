@@ -10,3 +10,8 @@ pub fn rms_norm<P: Precision>(x: &[f32], weight: &[f32], eps: f32) -> Vec<P::T> 
     let rms = (mean + P::load(eps)).sqrt();
     x.iter().zip(weight).map(|(&v, &w)| P::store(P::store(P::load(v) / rms) * P::load(w))).collect()
 }
+
+/// [`rms_norm`] of every row of `x`, one after another.
+pub fn rms_norm_rows<P: Precision>(x: &[f32], weight: &[f32], eps: f32) -> Vec<P::T> {
+    x.chunks_exact(weight.len()).flat_map(|row| rms_norm::<P>(row, weight, eps)).collect()
+}

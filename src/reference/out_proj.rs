@@ -1,8 +1,8 @@
 //! Final norm and `image_out_projector`.
 
 use super::Precision;
-use super::linear::linear_row;
-use super::norm::rms_norm;
+use super::linear::linear_rows;
+use super::norm::rms_norm_rows;
 
 /// Inputs of [`out_proj`].
 #[derive(Clone, Copy, Debug)]
@@ -25,16 +25,12 @@ pub struct OutProj<'a> {
 
 /// The normalised rows, and the conditions made of them; both `[sequences, hidden_size]`.
 pub fn out_proj<P: Precision>(i: &OutProj) -> (Vec<f64>, Vec<f64>) {
-    let (mut norm, mut condition) = (Vec::new(), Vec::new());
-    for x in i.x.chunks_exact(i.hidden_size) {
-        let mut h = rms_norm::<P>(x, i.norm_weight, i.eps);
-        norm.extend(P::widen_all(&h));
-        if let Some(row) = i.pos_embed {
-            for (h, &e) in h.iter_mut().zip(row) {
-                *h = P::store(*h + P::load(e));
-            }
+    let mut h = rms_norm_rows::<P>(i.x, i.norm_weight, i.eps);
+    let norm = P::widen_all(&h);
+    if let Some(row) = i.pos_embed {
+        for (h, &e) in h.iter_mut().zip(row.iter().cycle()) {
+            *h = P::store(*h + P::load(e));
         }
-        condition.extend(P::widen_all(&linear_row::<P>(i.weight, Some(i.bias), &h)));
     }
-    (norm, condition)
+    (norm, P::widen_all(&linear_rows::<P>(i.weight, Some(i.bias), &h, i.hidden_size)))
 }

@@ -1,7 +1,7 @@
 //! A product added into the residual stream: the output projection (`o_proj`) and the MLP's `down`.
 
 use super::Precision;
-use super::linear::linear_row;
+use super::linear::linear_rows;
 
 /// Inputs of [`project`].
 #[derive(Clone, Copy, Debug)]
@@ -22,10 +22,6 @@ pub struct Project<'a> {
 
 /// `x + (weight input + bias)`, `[rows, hidden_size]`.
 pub fn project<P: Precision>(i: &Project) -> Vec<f64> {
-    let mut out = Vec::new();
-    for (input, x) in i.input.chunks_exact(i.inner).zip(i.x.chunks_exact(i.hidden_size)) {
-        let y = linear_row::<P>(i.weight, i.bias, &P::load_all(input));
-        out.extend(y.into_iter().zip(x).map(|(y, &x)| P::widen(P::load(x) + y)));
-    }
-    out
+    let y = linear_rows::<P>(i.weight, i.bias, &P::load_all(i.input), i.inner);
+    y.into_iter().zip(i.x).map(|(y, &x)| P::widen(P::load(x) + y)).collect()
 }

@@ -1,8 +1,8 @@
 //! Normalise, project to q, k and v, rotate q and k.
 
 use super::Precision;
-use super::linear::linear_row;
-use super::norm::rms_norm;
+use super::linear::linear_rows;
+use super::norm::rms_norm_rows;
 
 /// Inputs of [`qkv`].
 #[derive(Clone, Copy, Debug)]
@@ -47,9 +47,9 @@ pub fn qkv<P: Precision>(i: &Qkv) -> Projected {
     let q_width = i.num_attention_heads * i.head_dim;
     let kv_width = i.num_key_value_heads * i.head_dim;
     let mut out = Projected::default();
-    for (x, &position) in i.x.chunks_exact(i.hidden_size).zip(i.positions) {
-        let normed = rms_norm::<P>(x, i.norm_weight, i.eps);
-        let all = linear_row::<P>(i.weight, i.bias, &normed);
+    let normed = rms_norm_rows::<P>(i.x, i.norm_weight, i.eps);
+    let projected = linear_rows::<P>(i.weight, i.bias, &normed, i.hidden_size);
+    for (all, &position) in projected.chunks_exact(q_width + 2 * kv_width).zip(i.positions) {
         let angles = &i.rope[position as usize * i.head_dim..][..i.head_dim];
         let rotated = |heads: &[P::T]| {
             heads
