@@ -85,8 +85,12 @@ pub fn spec(model: &NextStep, options: &Options, grid: (usize, usize)) -> Result
         state = state.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1_442_695_040_888_963_407);
         ids[(state >> 33) as usize % ids.len()]
     };
-    let prompts: Vec<Vec<u32>> =
-        (0..images * branches).map(|_| (0..options.prompt).map(|_| next()).collect()).collect();
+    // As in a request: the images of a batch have one prompt per branch.
+    let mut prompts: Vec<Vec<u32>> = Vec::with_capacity(images * branches);
+    for _ in 0..branches {
+        let prompt: Vec<u32> = (0..options.prompt).map(|_| next()).collect();
+        prompts.extend(std::iter::repeat_n(prompt, images));
+    }
     Ok(RunSpec {
         rope_offset: vec![0; prompts.len()],
         sources: Sources::default(),
@@ -377,7 +381,8 @@ fn prefill(run: &mut Run, options: &Options, rows: &mut Rows<'_>) -> Result<()> 
     })?;
     let model = run.model();
     rows.push(Row {
-        test: format!("prefill {}x{}", run.spec().prompts.len(), options.prompt),
+        // What a batch shares is copied from one image to the others, and only counted in the bytes.
+        test: format!("prefill {}x{}", run.spec().branches, options.prompt),
         variant: part.kernels,
         dtype: run.dtype().name().into(),
         shape: format!("{} rows", run.prompt_tokens().prefilled),
