@@ -218,8 +218,8 @@ impl Emulated {
         }
         let mut config = Emulated::archiver();
         config.std("c++20").opt_level(2).include(tree.root.join("kernels"));
-        // Lines, as in the Rust profile. All that -g describes is three quarters of the objects, which every test links,
-        // and a fifth of the time to compile them.
+        // Lines, as in the Rust profile. With all that -g describes, qkv.cu has four times the object, which every test
+        // links, and takes a quarter longer.
         config.debug(false).flag("-g1");
         // Not -ffast-math: NaN poison has to live. Kernels reinterpret buffers as freely as nvcc lets them.
         for flag in ["-march=x86-64-v3", "-fno-strict-aliasing", "-Wall", "-Wno-unknown-pragmas"] {
