@@ -272,8 +272,8 @@ struct MmaArg {
   float* c;
   const uint32_t *a, *b;
 };
-// Eight results of a row, in one register. With loops over floats, which are slow here at -O2 and slower where asan checks
-// every element, products were 29 % of the samples of a demo picture.
+// Eight results of a row, in one register. With loops over floats, which are slow here at -O2 and slower where asan
+// checks every element, products were 29 % of the samples of a demo picture.
 typedef float Row8 __attribute__((vector_size(32)));
 // M x N products in one collective, the same bits as one after another. Fragment layout of mma.m16n8k16: lane = 4 *
 // group + pair; see the PTX manual, "Matrix fragments for m16n8k16".

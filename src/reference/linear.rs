@@ -82,7 +82,7 @@ unsafe fn products_avx2<P: Precision, const N: usize>(
 }
 
 /// What [`linear_row`] makes of every row of `inputs` (`[rows, inner]`), to the bit: `[rows, outputs]`. Each weight is
-/// read once for [`ROWS`] rows instead of once for each.
+/// read once for eight rows instead of once for each.
 pub fn linear_rows<P: Precision>(
     weight: &[f32],
     bias: Option<&[f32]>,
