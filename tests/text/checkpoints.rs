@@ -100,7 +100,7 @@ fn a_tied_head_is_read_as_stored_and_packed_only_where_a_variant_asks_for_it() {
     };
     let (stored, stored_bytes) = run(&tied, &[]);
     assert_eq!(stored, run(&own, &["lm_head=plain"]).0);
-    for variant in ["stream", "ring", "mma"] {
+    for variant in ["stream", "ring"] {
         let chosen = format!("lm_head={variant}");
         let (packed, packed_bytes) = run(&tied, &[&chosen]);
         assert_eq!(packed, run(&own, &[&chosen]).0, "{variant}");
