@@ -73,14 +73,17 @@ struct Tree {
     root: PathBuf,
     out: PathBuf,
     /// Compiled kernels. They take minutes and do not depend on features, but cargo has an OUT_DIR for each feature
-    /// set; so they are beside those, in the profile's `build` folder, which cargo locks while this script runs.
+    /// set; so they are beside those, in the profile's `build` folder. Another version of this package that is built
+    /// into the same folder has other kernels, and a cache of its own.
     cache: PathBuf,
 }
 
 impl Tree {
     fn new(root: PathBuf, out: PathBuf) -> Result<Tree> {
         let beside = out.ancestors().find(|folder| folder.file_name() == Some(OsStr::new("build")));
-        let cache = beside.unwrap_or(&out).join("warpstep-kernels");
+        let mut hasher = DefaultHasher::new();
+        root.hash(&mut hasher);
+        let cache = beside.unwrap_or(&out).join(format!("warpstep-kernels-{:016x}", hasher.finish()));
         fs::create_dir_all(&cache).map_err(at(&cache))?;
         Ok(Tree { root, out, cache })
     }
@@ -139,14 +142,17 @@ impl Job {
         }
         // An interrupted compile must not leave a key that vouches for its output.
         let _ = fs::remove_file(&keyfile);
+        // Renamed when whole: with another feature set this script may be compiling the same file at the same time.
+        let part = self.output.with_extension(format!("part{}", std::process::id()));
         let mut command = Command::new(&self.program);
-        command.args(&self.args).arg("-MMD").arg("-MF").arg(&depfile).arg("-o").arg(&self.output);
+        command.args(&self.args).arg("-MMD").arg("-MF").arg(&depfile).arg("-o").arg(&part);
         let output = command.arg(&self.source).output().map_err(at(&self.program))?;
         let log =
             [output.stdout, output.stderr].map(|text| String::from_utf8_lossy(&text).into_owned()).concat();
         if !output.status.success() {
             return Err(format!("{} does not compile:\n{log}\n", self.source.display()));
         }
+        fs::rename(&part, &self.output).map_err(at(&part))?;
         fs::write(&logfile, &log).map_err(at(&logfile))?;
         fs::write(&keyfile, self.key(tree, &depfile)?).map_err(at(&keyfile))?;
         Ok(built(log))

@@ -137,7 +137,8 @@ pub fn rows_alike(op: &'static Op, launch: &Launch, layout: Layout, rows: usize)
     Ok(last == 0 || last >= shared::ROW_GROUP)
 }
 
-/// Whether `op` takes `rows` rows that [`norm_rows`](super::norm_rows) has normed before, instead of norming them itself.
+/// Whether `op` takes `rows` rows that [`norm_rows`](super::norm_rows) has normed before, and does not norm them
+/// itself.
 pub fn takes_normed(op: &'static Op, launch: &Launch, layout: Layout, rows: usize) -> Result<bool> {
     Ok(chosen_variant(op, launch, layout, rows)?.name == "mma")
 }
