@@ -257,6 +257,15 @@ EXPORT int cuStreamSynchronize(Stream* stream) {
     return call.code;
 }
 
+EXPORT int cuStreamWaitEvent(Stream* stream, Event* event, unsigned flags) {
+    Call call("cuStreamWaitEvent");
+    call.s.note(" event=%p", (void*)event);
+    if (!call.live(stream, "stream") || !call.live(event, "event") || call.code != kSuccess) return call.code;
+    if (flags != 0) call.bad("flags");
+    if (event->marker) stream->ops.push_back({Op::kWait, call.s.recorded[event], nullptr, 0, 0, event->marker});
+    return call.code;
+}
+
 EXPORT int cuEventCreate(Event** event, unsigned) {
     Call call("cuEventCreate");
     return call.make(event, "event", new Event);

@@ -9,4 +9,5 @@ mod machines;
 mod picture;
 mod recorder;
 mod stub;
+mod turns;
 mod work;

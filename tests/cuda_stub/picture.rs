@@ -72,9 +72,14 @@ fn check_graph<'a>(
         let line = lines.next().unwrap();
         assert!(line.starts_with("cuGraphAddNode_v2 "), "{line}");
         check_kernel(line, node, ours, theirs);
-        let kind = if node.geometry.dependent { "p" } else { "f" };
-        let edges: Vec<String> = list.deps(index).iter().map(|dep| format!("{dep}{kind}")).collect();
+        let edge = |dep: &usize| match node.geometry.dependent && !list.nodes()[*dep].geometry.cooperative {
+            true => format!("{dep}p"),
+            false => format!("{dep}f"),
+        };
+        let edges: Vec<String> = list.deps(index).iter().map(edge).collect();
         assert_eq!(field(line, "edges"), Some(edges.join(",").as_str()), "{}", node.label);
+        // No node has edges of both kinds, which nothing says that a driver takes.
+        assert!(edges.windows(2).all(|two| two[0].ends_with('p') == two[1].ends_with('p')), "{edges:?}");
         if node.geometry.cooperative {
             let line = lines.next().unwrap();
             assert!(line.starts_with("cuGraphKernelNodeSetAttribute "), "{line}");

@@ -46,8 +46,8 @@ struct Launch {
 };
 
 struct Op {
-    enum { kCopy, kFill, kMarker, kLaunch } kind;
-    void* dst;
+    enum { kCopy, kFill, kMarker, kLaunch, kWait } kind;
+    void* dst;  // of kWait the stream with the marker
     const void* src;
     size_t bytes;
     int value;
@@ -233,6 +233,8 @@ void execute(State& s, const Launch& launch) {
     s.sticky = 719;
 }
 
+void drain(State& s, Stream* stream, uint64_t marker = 0);
+
 void run(State& s, Op& op) {
     if (op.kind == Op::kLaunch) execute(s, *op.launch);
     if (op.kind == Op::kCopy) memcpy(op.dst, op.src, op.bytes);
@@ -241,10 +243,18 @@ void run(State& s, Op& op) {
         for (auto& [event, stream] : s.recorded)
             if (event->marker == op.marker) event->marker = 0;
     }
+    if (op.kind == Op::kWait) {
+        // A stream that is gone has been carried out, and so may this part of a living one have been.
+        auto alive = s.live.find(op.dst);
+        if (alive == s.live.end() || alive->second != "stream") return;
+        auto* other = static_cast<Stream*>(op.dst);
+        for (const Op& waiting : other->ops)
+            if (waiting.kind == Op::kMarker && waiting.marker == op.marker) return drain(s, other, op.marker);
+    }
 }
 
 // Carries out what is in the stream, up to and including `marker`, or everything for 0.
-void drain(State& s, Stream* stream, uint64_t marker = 0) {
+void drain(State& s, Stream* stream, uint64_t marker) {
     while (!stream->ops.empty()) {
         Op op = stream->ops.front();
         stream->ops.pop_front();

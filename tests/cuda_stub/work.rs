@@ -37,10 +37,14 @@ pub fn work(device: &CudaDevice) -> Result<()> {
         ..Geometry::linear(1, 32).with_shared(64 << 10)
     };
     stream.launch(&node("wide", wide, &a, &b))?;
+    let mut other = device.stream()?;
+    other.launch(&node("wide", wide, &a, &b))?;
+    drop(other);
     let mut list = NodeList::new();
     list.push(node("first", Geometry::linear(4, 32), &a, &b));
     list.push(node("second", Geometry { dependent: true, ..Geometry::linear(4, 32) }, &b, &a));
     list.push(node("third", wide, &a, &b));
+    list.push(node("fourth", Geometry { dependent: true, ..Geometry::linear(4, 32) }, &b, &a));
     let mut executable = stream.instantiate(Arc::new(list))?;
     stream.replay(executable.as_ref())?;
     let mut changed = node("third", wide, &a, &b);
@@ -122,7 +126,7 @@ fn attributes_are_given_to_launches_and_nodes() {
     assert!(consent[0].ends_with("attribute=8:65536") && consent[1].ends_with("attribute=14:1"));
     let nodes = lines("cuGraphAddNode_v2");
     let edges: Vec<_> = nodes.iter().map(|line| crate::stub::field(line, "edges").unwrap()).collect();
-    assert_eq!(edges, ["", "0p", "1p"]);
+    assert_eq!(edges, ["", "0p", "1p", "2f"]);
     let attributes = lines("cuGraphKernelNodeSetAttribute");
     assert_eq!(attributes.len(), 2);
     assert!(attributes[0].ends_with("index=2 attribute=4:16,1,1"), "{attributes:?}");

@@ -3,7 +3,8 @@
 //! An edge into a dependent node is programmatic: the later kernel may start once every block of the earlier one
 //! has triggered or ended, and `griddep_wait` in it waits for the end and for the memory. Edges that the list left
 //! out because others imply them stay implied: a kernel ends only after its own wait, so that what waits for it
-//! waits for its predecessors too. All other edges are full ones.
+//! waits for its predecessors too. All other edges are full ones, and so are those out of a cooperative kernel: it
+//! triggers nothing before its end, and nothing says that a driver takes the two together.
 
 use super::shared::{Shared, lock};
 use super::sys::{
@@ -40,6 +41,7 @@ pub(super) struct CudaExecutable {
     /// None for an empty list, of which the driver would make a graph that does nothing.
     exec: Option<Exec>,
     list: Arc<NodeList>,
+    cooperative: bool,
     stream: StreamHandle,
     shared: Arc<Shared>,
 }
@@ -69,7 +71,7 @@ impl CudaExecutable {
     /// Builds, instantiates and uploads the graph. The context must be current.
     pub fn new(shared: Arc<Shared>, stream: StreamHandle, list: Arc<NodeList>) -> Result<CudaExecutable> {
         if list.is_empty() {
-            return Ok(CudaExecutable { exec: None, list, stream, shared });
+            return Ok(CudaExecutable { exec: None, list, cooperative: false, stream, shared });
         }
         let driver = &shared.driver;
         let mut graph = Graph::NULL;
@@ -78,15 +80,20 @@ impl CudaExecutable {
         let nodes = Vec::with_capacity(list.len());
         let mut template = Template { graph, nodes, shared: shared.clone() };
         for (index, node) in list.nodes().iter().enumerate() {
+            let dependent = node.geometry.dependent && shared.options.dependent_launch;
             let before = list.deps(index).iter().map(|&dep| {
-                template
+                let (made, earlier) = template
                     .nodes
                     .get(dep)
-                    .copied()
-                    .ok_or_else(|| Error::Internal(format!("{node:?} depends on a later node")))
+                    .zip(list.nodes().get(dep))
+                    .ok_or_else(|| Error::Internal(format!("{node:?} depends on a later node")))?;
+                Ok(match dependent && !earlier.geometry.cooperative {
+                    true => (*made, EdgeData::PROGRAMMATIC),
+                    false => (*made, EdgeData::FULL),
+                })
             });
-            let before = before.collect::<Result<Vec<_>>>()?;
-            let made = template.add(node, &before)?;
+            let (before, edges): (Vec<_>, Vec<_>) = before.collect::<Result<Vec<_>>>()?.into_iter().unzip();
+            let made = template.add(node, &before, &edges)?;
             template.nodes.push(made);
         }
         let mut params = InstantiateParams {
@@ -102,7 +109,8 @@ impl CudaExecutable {
         let culprit = culprit.and_then(|index| list.nodes().get(index));
         let name = culprit.map_or_else(|| "a graph".into(), |node| format!("{node:?}"));
         shared.check_launch(status, &name)?;
-        Ok(CudaExecutable { exec: Some(Exec { handle, template }), list, stream, shared })
+        let cooperative = list.nodes().iter().any(|node| node.geometry.cooperative);
+        Ok(CudaExecutable { exec: Some(Exec { handle, template }), list, cooperative, stream, shared })
     }
 
     pub fn handle(&self) -> Option<GraphExec> {
@@ -115,6 +123,11 @@ impl CudaExecutable {
 
     pub fn shared(&self) -> &Arc<Shared> {
         &self.shared
+    }
+
+    /// Whether blocks of a kernel in it wait for each other.
+    pub fn cooperative(&self) -> bool {
+        self.cooperative
     }
 }
 
@@ -144,14 +157,11 @@ fn with_params<T>(
 }
 
 impl Template {
-    /// Adds `node` after the nodes `before`.
-    fn add(&self, node: &Node, before: &[GraphNode]) -> Result<GraphNode> {
+    /// Adds `node` after the nodes `before`, by as many `edges`.
+    fn add(&self, node: &Node, before: &[GraphNode], edges: &[EdgeData]) -> Result<GraphNode> {
         let shared = &self.shared;
         let _range = nvtx::range(|| &node.label);
         let geometry = &node.geometry;
-        let dependent = geometry.dependent && shared.options.dependent_launch;
-        let edge = if dependent { EdgeData::PROGRAMMATIC } else { EdgeData::FULL };
-        let edges = vec![edge; before.len()];
         let mut handle = GraphNode::NULL;
         // SAFETY: `function` takes one struct of exactly these bytes, which the driver copies before it returns;
         // `before` are nodes of this graph, with as many edges.

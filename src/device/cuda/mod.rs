@@ -15,6 +15,7 @@ mod shared;
 mod staging;
 mod stream;
 mod sys;
+mod turns;
 
 use super::{Buffer, Device, DeviceInfo, DevicePtr, Span, Stream, cubins};
 use crate::error::{Error, Result};

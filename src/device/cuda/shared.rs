@@ -4,6 +4,7 @@
 use super::modules::Modules;
 use super::staging::Ring;
 use super::sys::{Context, Driver, NO_DEVICE, OUT_OF_MEMORY, STICKY, SUCCESS, Status};
+use super::turns::Turns;
 use super::{CudaOptions, DeviceFacts};
 use crate::error::{Error, Result};
 use std::marker::PhantomData;
@@ -22,6 +23,7 @@ pub(super) struct Shared {
     lost: OnceLock<(i32, String)>,
     pub modules: Mutex<Modules>,
     pub ring: Mutex<Ring>,
+    pub turns: Mutex<Turns>,
     pub live_bytes: AtomicU64,
 }
 
@@ -54,6 +56,7 @@ impl Shared {
             lost: OnceLock::new(),
             modules: Mutex::default(),
             ring: Mutex::default(),
+            turns: Mutex::default(),
             live_bytes: AtomicU64::new(0),
         })
     }
@@ -142,6 +145,7 @@ impl Drop for Shared {
     fn drop(&mut self) {
         let entered = self.enter_anyway();
         lock(&self.ring).free(&self.driver);
+        lock(&self.turns).free(self);
         lock(&self.modules).unload(&self.driver);
         drop(entered);
         // Nothing can be done about a context that does not let go.

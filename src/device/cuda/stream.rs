@@ -7,6 +7,7 @@ use super::sys::{
     EVENT_DEFAULT, EVENT_DISABLE_TIMING, EventHandle, LaunchConfig, NOT_READY, STREAM_NON_BLOCKING,
     StreamHandle,
 };
+use super::turns;
 use crate::device::{DevicePtr, Event, Executable, Node, NodeList, Span, Stream, check_staging, nvtx};
 use crate::error::{Error, Result};
 use std::any::Any;
@@ -47,6 +48,7 @@ impl CudaStream {
 impl Drop for CudaStream {
     fn drop(&mut self) {
         let _entered = self.shared.enter_anyway();
+        turns::leave(&self.shared, self.handle);
         // SAFETY: made in `new` and destroyed once; work in it is finished by the driver.
         let _ = unsafe { self.shared.driver.cuStreamDestroy_v2(self.handle) };
     }
@@ -128,6 +130,7 @@ impl Stream for CudaStream {
             attribute_count: count,
         };
         let mut arguments = [node.params.as_slice().as_ptr().cast_mut().cast()];
+        let _turn = geometry.cooperative.then(|| turns::take(shared, self.handle)).transpose()?;
         // SAFETY: `function` takes one struct of exactly these bytes, which the driver copies before it returns;
         // the attributes outlive the call. What the struct's addresses point to is the node's promise, as on any
         // GPU: ops build it from live buffers.
@@ -153,6 +156,7 @@ impl Stream for CudaStream {
             .ok_or_else(|| Error::Device("replay of an executable that another stream made".into()))?;
         let Some(handle) = executable.handle() else { return Ok(()) };
         let _entered = shared.enter()?;
+        let _turn = executable.cooperative().then(|| turns::take(shared, self.handle)).transpose()?;
         // SAFETY: an executable graph and a stream of this context; replays of one graph are ordered by the
         // stream, and its parameters are the nodes' promise as in `launch`.
         let status = unsafe { shared.driver.cuGraphLaunch(handle, self.handle) };

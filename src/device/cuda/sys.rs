@@ -293,6 +293,7 @@ functions! {
     cuStreamCreate(stream: *mut StreamHandle, flags: c_uint);
     cuStreamDestroy_v2(stream: StreamHandle);
     cuStreamSynchronize(stream: StreamHandle);
+    cuStreamWaitEvent(stream: StreamHandle, event: EventHandle, flags: c_uint);
     cuEventCreate(event: *mut EventHandle, flags: c_uint);
     cuEventDestroy_v2(event: EventHandle);
     cuEventRecord(event: EventHandle, stream: StreamHandle);
