@@ -19,7 +19,7 @@
 #
 # A kernel that hangs, or leaves the device in error, costs its own step and no more: ops are tested one process each,
 # units of conformance too once they fail together, every step has a limit of its own on a GPU, and cases that fail are
-# run again without dependent launches, to find out whether these are at fault.
+# run again without dependent launches, to find out whether these are at fault: then all that follows does without too.
 set -uo pipefail
 here=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
 out=report results= minutes=25 device=cuda quick=
@@ -110,26 +110,28 @@ done
 cases=("$bundle"/golden/cases/*)
 [[ -z $quick ]] || cases=("$bundle"/golden/cases/{samplers,t2i_feb_cps_norm}.safetensors)
 step cases 180 "$warpstep" verify --device "$device" "${cases[@]}"
+on=(--device "$device")
 if [[ ${states[-1]} != passed && $device == cuda ]]; then
-    step cases-full-edges 120 "$warpstep" verify --device "$device" --no-dependent-launch "${cases[@]}"
+    step cases-full-edges 120 "$warpstep" verify "${on[@]}" --no-dependent-launch "${cases[@]}"
+    [[ ${states[-1]} != passed ]] || on+=(--no-dependent-launch)
 fi
-picture=(generate "a red circle on a blue background" --seed 1 --device "$device")
+picture=(generate "a red circle on a blue background" --seed 1 "${on[@]}")
 step picture 60 "$warpstep" "${picture[@]}" -o "$out/picture.png"
 # The same request again must give the same bytes.
 step picture-again 60 "$warpstep" "${picture[@]}" -o "$out/again.png"
 step same-bytes 10 cmp "$out/picture.png" "$out/again.png"
 # Without --device cuda both are small and say that their times mean nothing.
-bench=(bench --device "$device" --format json)
+bench=(bench "${on[@]}" --format json)
 [[ $device == cuda ]] && bench+=(--synthetic 14b --pictures 3)
 [[ -z $quick ]] || bench+=(--repeat 3 --seconds 0.2)
 step bench 240 "$warpstep" "${bench[@]}" --output "$stem-model.json"
 # Of the same numbers again and again: more than 10,000 tokens of the true shapes, but for the number of layers, without
 # a hang or another bit.
-soak=(bench --device "$device" --positions "" --repeat 1 --pictures 10)
+soak=(bench "${on[@]}" --positions "" --repeat 1 --pictures 10)
 [[ $device == cuda ]] && soak+=(--synthetic 14b --layers 2 --sizes 512x512)
 step soak 120 "$warpstep" "${soak[@]}"
 # What may make tokens faster (benches/JOURNAL.md), each beside nothing but itself; the bench above has the same row.
-token=(bench --device "$device" --sizes "" --seconds 1 --format json)
+token=(bench "${on[@]}" --sizes "" --seconds 1 --format json)
 [[ $device == cuda ]] && token+=(--synthetic 14b --positions 1024)
 rings=()
 for op in qkv o_proj gate_up down out_proj linear; do rings+=(--kernel "$op=ring"); done
@@ -142,7 +144,7 @@ if "$python" -c 'import torch' 2>/dev/null; then
     [[ $device == cuda ]] || peers+=(--toy)
     step peers 240 "$python" "${peers[@]}"
 fi
-bench=(kernels bench --device "$device" --format json)
+bench=(kernels bench "${on[@]}" --format json)
 [[ -z $quick ]] || bench+=(--repeat 3 --seconds 0.05)
 [[ $device == cuda || -n $quick ]] && bench+=(--dtype bf16)
 step bench-kernels 300 "$warpstep" "${bench[@]}" --output "$stem-kernels.json"
@@ -152,11 +154,11 @@ fi
 if command -v compute-sanitizer >/dev/null && [[ $device == cuda ]]; then
     for tool in memcheck racecheck synccheck initcheck; do
         step "sanitizer-$tool" 180 compute-sanitizer --tool "$tool" --error-exitcode 99 \
-            "$warpstep" kernels test --scale small --quiet --device "$device"
+            "$warpstep" kernels test --scale small --quiet "${on[@]}"
     done
 fi
 # Last: the references of these shapes take the host minutes.
-[[ -n $quick ]] || step kernels-14b 900 "$warpstep" kernels test --scale real --only-scale --device "$device"
+[[ -n $quick ]] || step kernels-14b 900 "$warpstep" kernels test --scale real --only-scale "${on[@]}"
 
 failed=0
 {
