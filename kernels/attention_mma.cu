@@ -300,10 +300,6 @@ DEV void splitkv(const AttentionParams& p) {
   const uint32_t row = bid_x() / p.heads_kv, kv_head = bid_x() % p.heads_kv, split = bid_y();
   const size_t first_head = size_t(row) * p.heads_q + kv_head * group; /* of M * Q */
 
-  /* Nobody writes weights. */
-  for (uint64_t line = (uint64_t(bid_y()) * nbid_x() + bid_x()) * kThreads + tid; line * kLine < p.prefetch_bytes;
-       line += uint64_t(nbid_x()) * nbid_y() * kThreads)
-    prefetch_l2(ptr<const unsigned char>(p.prefetch) + line * kLine);
   griddep_launch();
   griddep_wait();
   const uint32_t seq = ptr<const uint32_t>(p.row_seq)[row], length = ptr<const uint32_t>(p.row_pos)[row] + 1;
@@ -334,6 +330,10 @@ DEV void splitkv(const AttentionParams& p) {
   cp_async_commit();
   if (first < hi) send(v_tile, v, first);
   cp_async_commit();
+  /* Not before the wait: the launch before still streams more than L2 holds, and would drop these lines again. */
+  for (uint64_t line = (uint64_t(bid_y()) * nbid_x() + bid_x()) * kThreads + tid; line * kLine < p.prefetch_bytes;
+       line += uint64_t(nbid_x()) * nbid_y() * kThreads)
+    prefetch_l2(ptr<const unsigned char>(p.prefetch) + line * kLine);
   cp_async_wait<2>();
   block_sync();
 

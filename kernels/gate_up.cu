@@ -29,7 +29,7 @@ DEV void gate_up(const GateUpParams& p) {
   /* Packed, both weights are one tensor at w_gate. */
   const Product shape = {
       p.rows,   p.hidden,  p.intermediate, p.hidden % 8 == 0 && aligned16(p.x | p.norm_w | p.w_gate | p.w_up),
-      p.w_gate, p.partial, p.arrivals};
+      p.w_gate, p.partial, p.arrivals,     p.next};
   auto activations = [&] {
     /* norm_rows.cu has normed them. */
     if constexpr (LOOP == Loop::kMma)

@@ -25,7 +25,7 @@ DEV void linear(const LinearParams& p) {
   };
 
   const Product shape = {p.rows, p.inner,   (p.outputs + 1) / 2, p.inner % 8 == 0 && aligned16(p.x | p.w),
-                         p.w,    p.partial, p.arrivals};
+                         p.w,    p.partial, p.arrivals,          {}};
   auto activations = [&] { return Raw<E>{ptr<const E>(p.x)}; };
   row_product<LOOP, E>(shape, p.outputs, activations, emit);
 }

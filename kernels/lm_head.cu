@@ -17,7 +17,7 @@ DEV void lm_head(const LmHeadParams& p) {
   auto emit = [&](uint32_t row, uint32_t out, float sum) { logits[size_t(row) * p.vocab + out] = round_to<E>(sum); };
 
   const Product shape = {p.rows, p.hidden,  (p.vocab + 1) / 2, p.hidden % 8 == 0 && aligned16(p.x | p.norm_w | p.w),
-                         p.w,    p.partial, p.arrivals};
+                         p.w,    p.partial, p.arrivals,        {}};
   auto activations = [&] {
     const Normed<E> h{ptr<const float>(p.x), ptr<const E>(p.norm_w), nullptr, p.eps};
     write_norm(ptr<E>(p.norm_out), h, p.rows, p.hidden);

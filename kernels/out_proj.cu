@@ -21,7 +21,7 @@ DEV void out_proj(const OutProjParams& p) {
 
   const Product shape = {
       p.rows, p.hidden,  (p.hidden + 1) / 2, p.hidden % 8 == 0 && aligned16(p.x | p.norm_w | p.pos_embed | p.w),
-      p.w,    p.partial, p.arrivals};
+      p.w,    p.partial, p.arrivals,         p.next};
   auto activations = [&] {
     Normed<E> h{ptr<const float>(p.x), ptr<const E>(p.norm_w), nullptr, p.eps};
     write_norm(ptr<E>(p.norm_out), h, p.rows, p.hidden);

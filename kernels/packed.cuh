@@ -27,6 +27,7 @@ struct Product {
   bool vec;                   /* as for gemv */
   uint64_t w;                 /* [units, 2, K] E as stored, or packed [tiles, K / 32, 512] bf16 */
   uint64_t partial, arrivals; /* stream.cuh */
+  NextWeights next;           /* stream.cuh */
 };
 
 /* Squares of x[k .. k + 7] and of every eight APART further, below n, in this order. AHEAD times eight are asked for

@@ -13,6 +13,13 @@
 #pragma once
 #include <stdint.h>
 
+/* Packed weights that a later launch reads, to be asked into L2 while this one ends (stream.cuh). */
+typedef struct {
+  uint64_t w;     /* [steps, 1024 bytes], 0: none */
+  uint32_t steps; /* in all */
+  uint32_t first; /* of every warp's share: those before it the launch asks for itself by then */
+} NextWeights;
+
 /* Counter of a grid-wide barrier, alone in its cache line. Zeroed once, never reset. */
 typedef struct {
   uint32_t count;
@@ -81,6 +88,7 @@ typedef struct {
   uint64_t v_cache;     /* [S, G, capacity, d] E, slot row_pos written */
   uint64_t partial;     /* [groups of 8 rows, blocks, 2, 128] float: sums of tiles that blocks share; stream, ring */
   uint64_t arrivals;    /* [groups of 8 rows, blocks] uint32, zero before and after every launch; stream, ring */
+  NextWeights next;
   uint32_t rows, hidden, heads_q, heads_kv, head_dim, capacity, positions;
   float eps;
 } QkvParams;
@@ -109,6 +117,7 @@ typedef struct {
   uint64_t x;        /* [M, D] float, read and written */
   uint64_t partial;  /* [groups of 8 rows, blocks, 2, 128] float: sums of tiles that blocks share; stream, ring */
   uint64_t arrivals; /* [groups of 8 rows, blocks] uint32, zero before and after every launch; stream, ring */
+  NextWeights next;
   uint32_t rows, hidden, inner, pad; /* inner = K */
 } ProjectParams;
 
@@ -123,6 +132,7 @@ typedef struct {
   uint64_t act;       /* [M, I] E, written */
   uint64_t partial;   /* [groups of 8 rows, blocks, 2, 128] float: sums of tiles that blocks share; stream, ring */
   uint64_t arrivals;  /* [groups of 8 rows, blocks] uint32, zero before and after every launch; stream, ring */
+  NextWeights next;
   uint32_t rows, hidden, intermediate;
   float eps;
 } GateUpParams;
@@ -139,6 +149,7 @@ typedef struct {
   uint64_t c;         /* [S, D] E, written */
   uint64_t partial;   /* [groups of 8 rows, blocks, 2, 128] float: sums of tiles that blocks share; stream, ring */
   uint64_t arrivals;  /* [groups of 8 rows, blocks] uint32, zero before and after every launch; stream, ring */
+  NextWeights next;
   uint32_t rows, hidden, pos_rows;
   float eps;
 } OutProjParams;

@@ -25,7 +25,7 @@ DEV void project(const ProjectParams& p) {
   };
 
   const Product shape = {p.rows, p.inner,   (p.hidden + 1) / 2, p.inner % 8 == 0 && aligned16(p.in | p.w),
-                         p.w,    p.partial, p.arrivals};
+                         p.w,    p.partial, p.arrivals,         p.next};
   auto activations = [&] { return Raw<E>{ptr<const E>(p.in)}; };
   row_product<LOOP, E>(shape, p.hidden, activations, emit);
 }

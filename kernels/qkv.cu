@@ -62,7 +62,8 @@ DEV void qkv(const QkvParams& p) {
                          p.hidden % 8 == 0 && aligned16(p.x | p.norm_w | p.w),
                          p.w,
                          p.partial,
-                         p.arrivals};
+                         p.arrivals,
+                         p.next};
   auto activations = [&] {
     /* norm_rows.cu has normed them. */
     if constexpr (LOOP == Loop::kMma)

@@ -6,7 +6,7 @@
 use std::sync::Arc;
 use warpstep::device::emulated::{EmulatedDevice, EmulatedOptions, LaunchAudit, build_kind};
 use warpstep::device::{Buffer, Device, Node, Span, Stream};
-use warpstep::ops::product::{Layout, ProductScratch, Weight};
+use warpstep::ops::product::{Layout, Next, ProductScratch, Weight};
 use warpstep::ops::{self, DType, Launch, Selection, params::SolverStep};
 
 const HIDDEN: usize = 5120;
@@ -56,7 +56,7 @@ impl Bench {
     fn scratch(&mut self, rows: usize) -> Option<ProductScratch> {
         let (floats, counters) = ProductScratch::sizes(132, rows);
         let (partial, arrivals) = (self.zeros("partial", floats * 4), self.zeros("arrivals", counters * 4));
-        Some(ProductScratch { partial, arrivals })
+        Some(ProductScratch { partial, arrivals, next: None })
     }
 
     fn run(&mut self, node: &Node) -> LaunchAudit {
@@ -200,6 +200,48 @@ fn decoder_layer(bench: &mut Bench, variant: &str, row_counts: &[usize]) {
         };
         let audit = bench.run(&ops::out_proj::node(&launch, "out_proj", &out).unwrap());
         bench.expect(&audit, "w_out", w_out.bytes, ONCE);
+    }
+}
+
+/// Each warp asks for steps 8 to 15 of what the same warp reads in the next launch, and for nothing else of it; ring and
+/// stream alike. Steps of an uneven share that are not there are nobody's.
+#[test]
+fn a_launch_asks_for_the_next_ones_weights() {
+    const STEP: usize = 1024;
+    const WARPS: usize = 132 * 8;
+    let Some(mut bench) = Bench::new() else { return };
+    let (hidden, inner) = (5120, 2560);
+    let w = bench.zeros("w", hidden * inner * E);
+    let later = bench.zeros("later", (WARPS * 20 + 700) * STEP);
+    let short = bench.zeros("short", (WARPS * 9 + 500) * STEP);
+    let scratch = bench.scratch(2).unwrap();
+    let (input, x) = (bench.zeros("input", 2 * inner * E), bench.zeros("x", 2 * hidden * 4));
+    for (variant, next, name, first, steps) in [
+        ("stream", later, "later", 8, WARPS * 8),
+        ("ring", later, "later", 0, WARPS * 8),
+        // Of nine or ten steps of a share one or two are left.
+        ("stream", short, "short", 8, WARPS + 500),
+    ] {
+        let selection = Selection::one(&ops::o_proj::OP, variant).unwrap();
+        let launch = Launch { selection: &selection, dtype: DType::Bf16, sm_count: 132, dependent: false };
+        let args = ops::project::Args {
+            input,
+            w: Weight { span: w, layout: Layout::Tiles },
+            bias: None,
+            x,
+            rows: 2,
+            hidden,
+            inner,
+            scratch: Some(scratch.ahead(Some(Next { weights: next, first }))),
+        };
+        bench.device.take_audit();
+        bench.stream.launch(&ops::o_proj::node(&launch, "o_proj", &args).unwrap()).unwrap();
+        bench.stream.synchronize().unwrap();
+        let audit = bench.device.take_audit().pop().unwrap();
+        assert!(audit.undeclared.iter().all(|piece| piece.name == name), "{:?}", audit.undeclared);
+        let asked = audit.buffers.iter().find(|b| b.name == name).unwrap();
+        let bytes = (steps * STEP) as u64;
+        assert_eq!((asked.read_bytes, asked.read_unique_bytes), (bytes, bytes), "{variant} {name}");
     }
 }
 

@@ -320,7 +320,7 @@ fn a_decoder_layer_of_the_14b_model_agrees_with_the_reference() {
                 let (floats, counters) = ProductScratch::sizes(132, rows);
                 let partial = rig.output("product.partial", DType::F32, floats).unwrap();
                 let arrivals = rig.indices("product.arrivals", &vec![0; counters]).unwrap();
-                ProductScratch { partial, arrivals }
+                ProductScratch { partial, arrivals, next: None }
             },
         };
         let form = if prefill { Form::Many } else { Form::Few };

@@ -42,7 +42,7 @@ struct Fast {
 }
 
 impl Fast {
-    /// Of a kernel that has nothing to read before its predecessors have ended, or has full edges to them.
+    /// Of a kernel that has nothing to ask for before its predecessors have ended, or has full edges to them.
     const fn late(self) -> Fast {
         Fast { early: false, ..self }
     }
@@ -100,7 +100,8 @@ const TABLE: &[Fast] = &[
     fast("flow_modulation_mma_bf16", 256, 175_616, 1, Loads::Wide, true),
     fast("flow_ring_bf16", 320, 223_664, 1, Loads::Bulk, true).late(),
     fast("attention_mma_flash_bf16", 128, 87_040, 2, Loads::Async, true).late(),
-    fast("attention_mma_splitkv_bf16", 128, 73_984, 2, Loads::Async, true),
+    // What it asks for ahead, qkv's weights would push out of L2 before the wait.
+    fast("attention_mma_splitkv_bf16", 128, 73_984, 2, Loads::Async, true).late(),
     // The addresses of the whole patch lie between.
     fast("conv2d_mma_bf16", 128, 76_288, 2, Loads::Async, true).within(128),
     fast("vae_attention_mma_bf16", 256, 166_400, 1, Loads::Async, true).late(),

@@ -113,7 +113,7 @@ fn a_row_of_a_packed_product_has_the_same_bits_beside_any_others() {
                 hidden: HIDDEN,
                 intermediate: INTERMEDIATE,
                 eps: 1e-6,
-                scratch: Some(ProductScratch { partial, arrivals }),
+                scratch: Some(ProductScratch { partial, arrivals, next: None }),
             };
             rig.run(&gate_up::node(&launch, "gate_up", &args).unwrap()).unwrap();
             rig.read_bytes(act).unwrap()

@@ -95,6 +95,15 @@ void observe(const void* p, size_t bytes, Access access, uint64_t) {
   }
 }
 
+void prefetch(const void* p, Site) {
+  constexpr uint64_t kLine = 128;
+  const uint64_t line = reinterpret_cast<uint64_t>(p) / kLine * kLine;
+  LaunchObservations& seen = *runner->launch->observations;
+  const size_t i = seen.find(reinterpret_cast<uint64_t>(p));
+  if (seen.holds(i, reinterpret_cast<uint64_t>(p)) && !seen.pieces[i].may_read)
+    observe(reinterpret_cast<const void*>(line), kLine, Access::kRead, 0);
+}
+
 void misaligned(const void* p, size_t bytes, uint64_t) { fail({}, "misaligned %zu-byte access at %p", bytes, p); }
 
 void load_nc(void* out, const void* p, size_t bytes, Site site) {

@@ -160,7 +160,7 @@ inline void require_aligned(const void* p, size_t bytes, Site site) {
   if (reinterpret_cast<uintptr_t>(p) % bytes) fail(site, "misaligned %zu-byte access at %p", bytes, p);
 }
 }  // namespace emu
-DEV void prefetch_l2(const void*) {}
+DEV void prefetch_l2(const void* p SITE_) { emu::prefetch(p, site); }
 DEV v4u ld_nc_v4(const void* p SITE_) {
   emu::require_aligned(p, 16, site);
   v4u v;

@@ -112,5 +112,16 @@ void load_nc(void* out, const void* p, size_t bytes, Site);
 inline void observe_read(const void*, size_t, Site) {}
 inline void load_nc(void* out, const void* p, size_t bytes, Site) { memcpy(out, p, bytes); }
 #endif
+// A line that is asked into L2. asan: it must be there. count: of memory that the launch does not read itself it counts
+// as read, and as undeclared; of what it reads the loads count.
+#if EMU_COUNT
+void prefetch(const void* p, Site);
+#else
+inline void prefetch([[maybe_unused]] const void* p, Site) {
+#if EMU_ASAN
+  (void)*static_cast<const volatile char*>(p);
+#endif
+}
+#endif
 
 }  // namespace emu

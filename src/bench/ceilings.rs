@@ -129,7 +129,7 @@ fn gemm(device: &Arc<dyn Device>, effort: &Effort, side: usize) -> Result<Row> {
         inner: side,
         silu: false,
         out_f32: false,
-        scratch: Some(ProductScratch { partial: partial.span(), arrivals: arrivals.span() }),
+        scratch: Some(ProductScratch { partial: partial.span(), arrivals: arrivals.span(), next: None }),
     };
     let mut best: Option<(f64, &'static str, Node)> = None;
     for variant in ops::linear::OP.variants {

@@ -320,7 +320,7 @@ fn lm_head(device: &Arc<dyn Device>, model: &NextStep, options: &Options) -> Res
         hidden,
         vocab,
         eps: config.rms_norm_eps,
-        scratch: Some(ProductScratch { partial: partial.span(), arrivals: arrivals.span() }),
+        scratch: Some(ProductScratch { partial: partial.span(), arrivals: arrivals.span(), next: None }),
     };
     let launch = Launch { selection: &options.kernels, dtype, sm_count, dependent: true };
     let node = ops::lm_head::node(&launch, "bench.lm_head", &args)?;

@@ -7,7 +7,7 @@ use super::config::ModelConfig;
 use super::upload::Uploader;
 use crate::device::{NodeList, Span};
 use crate::error::Result;
-use crate::ops::product::{self, Layout, ProductScratch, Weight};
+use crate::ops::product::{self, Layout, Next, ProductScratch, Weight};
 use crate::ops::{self, DType, Launch};
 use crate::weights::ModelWeights;
 use crate::weights::pack::Pairing;
@@ -32,6 +32,13 @@ impl Layer {
         match self.gate_up {
             ops::gate_up::Weights::Rows { .. } => Layout::Rows,
             ops::gate_up::Weights::Tiles(_) => Layout::Tiles,
+        }
+    }
+
+    fn gate_up_next(&self) -> Option<Next> {
+        match self.gate_up {
+            ops::gate_up::Weights::Rows { .. } => None,
+            ops::gate_up::Weights::Tiles(weights) => Some(Next { weights, first: Next::OWN_STEPS }),
         }
     }
 }
@@ -280,6 +287,7 @@ impl Backbone {
         let layer_bytes = cache.sequences * d.heads_kv * cache.capacity * d.head_dim * launch.dtype.bytes();
         for (i, layer) in self.layers.iter().enumerate() {
             let name = |op: &str| format!("{label}.layer{i}.{op}");
+            let ahead = |next: Option<Next>| rows.scratch.map(|scratch| scratch.ahead(next));
             let k_cache = cache.keys.slice(i * layer_bytes, layer_bytes);
             let v_cache = cache.values.slice(i * layer_bytes, layer_bytes);
             let normed = self.record_norm(
@@ -312,7 +320,8 @@ impl Backbone {
                 capacity: cache.capacity,
                 positions: cache.positions,
                 eps: d.eps,
-                scratch: rows.scratch,
+                // Its blocks find no room on an SM before those of attention end.
+                scratch: ahead(Next::of(layer.o, 0)),
             };
             list.push(ops::qkv::node(launch, &name("qkv"), &qkv)?);
             let attention = ops::attention::Args {
@@ -341,7 +350,7 @@ impl Backbone {
                 rows: rows.rows,
                 hidden: d.hidden,
                 inner: d.heads_q * d.head_dim,
-                scratch: rows.scratch,
+                scratch: ahead(layer.gate_up_next()),
             };
             list.push(ops::o_proj::node(launch, &name("o_proj"), &o_proj)?);
             let gate_up = (&ops::gate_up::OP, layer.gate_up_layout());
@@ -358,7 +367,7 @@ impl Backbone {
                 hidden: d.hidden,
                 intermediate: d.intermediate,
                 eps: d.eps,
-                scratch: rows.scratch,
+                scratch: ahead(Next::of(layer.down, Next::OWN_STEPS)),
             };
             list.push(ops::gate_up::node(launch, &name("gate_up"), &gate_up)?);
             let down = ops::project::Args {
@@ -369,7 +378,11 @@ impl Backbone {
                 rows: rows.rows,
                 hidden: d.hidden,
                 inner: d.intermediate,
-                scratch: rows.scratch,
+                // Of the last layer the next token's first product.
+                scratch: ahead(Next::of(
+                    self.layers.get(i + 1).map_or(self.image_out, |next| next.qkv),
+                    Next::OWN_STEPS,
+                )),
             };
             list.push(ops::down::node(launch, &name("down"), &down)?);
         }

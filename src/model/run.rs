@@ -196,6 +196,7 @@ impl Run {
         Some(ProductScratch {
             partial: self.arena.span(self.slots.product_partial),
             arrivals: self.arena.span(self.slots.product_arrivals),
+            next: None,
         })
     }
 

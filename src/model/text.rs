@@ -263,6 +263,7 @@ impl TextRun {
         Some(ProductScratch {
             partial: self.arena.span(self.slots.product_partial),
             arrivals: self.arena.span(self.slots.product_arrivals),
+            next: None,
         })
     }
 

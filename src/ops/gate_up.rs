@@ -110,6 +110,7 @@ pub fn node(launch: &Launch, label: &str, args: &Args) -> Result<Node> {
         act: act.ptr.0,
         partial,
         arrivals,
+        next: product.next(),
         rows: checks.dim("rows", a.rows)?,
         hidden: checks.dim("hidden", a.hidden)?,
         intermediate: checks.dim("intermediate", a.intermediate)?,

@@ -103,6 +103,7 @@ pub fn node(launch: &Launch, label: &str, args: &Args) -> Result<Node> {
         c: c.ptr.0,
         partial,
         arrivals,
+        next: product.next(),
         rows: checks.dim("rows", a.rows)?,
         hidden: checks.dim("hidden", a.hidden)?,
         pos_rows,

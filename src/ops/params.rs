@@ -5,6 +5,19 @@
 #![allow(missing_docs, reason = "sizes carry no comment in the header: their names are the config's words")]
 #![allow(rustdoc::broken_intra_doc_links, reason = "comments start with a shape, as in `[M, D]`")]
 
+/// Packed weights that a later launch reads, to be asked into L2 while this one ends (stream.cuh).
+#[repr(C)]
+#[derive(Debug, Default, Copy, Clone, bytemuck::Pod, bytemuck::Zeroable)]
+pub struct NextWeights {
+    /// [steps, 1024 bytes], 0: none
+    pub w: u64,
+    /// in all
+    pub steps: u32,
+    /// of every warp's share: those before it the launch asks for itself by then
+    pub first: u32,
+}
+const _: () = assert!(size_of::<NextWeights>() == 16);
+
 /// Counter of a grid-wide barrier, alone in its cache line. Zeroed once, never reset.
 #[repr(C)]
 #[derive(Debug, Default, Copy, Clone, bytemuck::Pod, bytemuck::Zeroable)]
@@ -135,6 +148,7 @@ pub struct QkvParams {
     pub partial: u64,
     /// [groups of 8 rows, blocks] uint32, zero before and after every launch; stream, ring
     pub arrivals: u64,
+    pub next: NextWeights,
     pub rows: u32,
     pub hidden: u32,
     pub heads_q: u32,
@@ -144,7 +158,7 @@ pub struct QkvParams {
     pub positions: u32,
     pub eps: f32,
 }
-const _: () = assert!(size_of::<QkvParams>() == 136);
+const _: () = assert!(size_of::<QkvParams>() == 152);
 
 /// out[m, h, :] = softmax(scale \* q[m, h, :] . k[0..=row_pos[m]]) v; query head h reads kv head h / (Q/G)
 #[repr(C)]
@@ -196,12 +210,13 @@ pub struct ProjectParams {
     pub partial: u64,
     /// [groups of 8 rows, blocks] uint32, zero before and after every launch; stream, ring
     pub arrivals: u64,
+    pub next: NextWeights,
     pub rows: u32,
     pub hidden: u32,
     pub inner: u32,
     pub pad: u32,
 }
-const _: () = assert!(size_of::<ProjectParams>() == 64);
+const _: () = assert!(size_of::<ProjectParams>() == 80);
 
 /// act = silu(w_gate h + b_gate) \* (w_up h + b_up), h = E(rms(x)) \* norm_w
 #[repr(C)]
@@ -225,12 +240,13 @@ pub struct GateUpParams {
     pub partial: u64,
     /// [groups of 8 rows, blocks] uint32, zero before and after every launch; stream, ring
     pub arrivals: u64,
+    pub next: NextWeights,
     pub rows: u32,
     pub hidden: u32,
     pub intermediate: u32,
     pub eps: f32,
 }
-const _: () = assert!(size_of::<GateUpParams>() == 88);
+const _: () = assert!(size_of::<GateUpParams>() == 104);
 
 /// h = E(rms(x)) \* norm_w; c = w E(h + pos_embed[token]) + bias: final norm and image_out_projector
 #[repr(C)]
@@ -256,12 +272,13 @@ pub struct OutProjParams {
     pub partial: u64,
     /// [groups of 8 rows, blocks] uint32, zero before and after every launch; stream, ring
     pub arrivals: u64,
+    pub next: NextWeights,
     pub rows: u32,
     pub hidden: u32,
     pub pos_rows: u32,
     pub eps: f32,
 }
-const _: () = assert!(size_of::<OutProjParams>() == 96);
+const _: () = assert!(size_of::<OutProjParams>() == 112);
 
 /// h = E(rms(x)) \* norm_w; logits = w h: final norm and lm_head
 #[repr(C)]

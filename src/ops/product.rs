@@ -5,6 +5,7 @@
 //! ([`weights::pack`](crate::weights::pack)), bf16 only, which serves decoding and prompts alike.
 
 use super::harness::{Case, Check, Rig, Scale, encode};
+use super::params::NextWeights;
 use super::shared::{self, Checks};
 use super::{DType, Form, Launch, Op, Variant, div_ceil};
 use crate::device::{Geometry, KernelId, Node, ParamBytes, Span};
@@ -18,6 +19,8 @@ const SHARED_BYTES: usize = 225 * 1024;
 const HALF_SHARED_BYTES: usize = 110 * 1024;
 /// The ring of `stream.cuh`: bytes of a stage, and stages at least and at most.
 const RING_STAGE_BYTES: usize = 16 * 1024;
+/// Bytes of a step of packed weights (`kStepBytes`).
+const STEP_BYTES: usize = 2 * TILE_UNITS * STEP * 2;
 const RING_STAGES: (usize, usize) = (3, 8);
 /// Sums of cut tiles in shared memory (`kCutBytes`).
 const CUT_BYTES: usize = 8 * 1024;
@@ -84,16 +87,44 @@ impl From<Span> for Weight {
     }
 }
 
-/// Scratch of `stream` and `ring`: where blocks leave their sums of tiles that they share. One per stream of launches.
+/// What `stream` and `ring` take beside their operands: where blocks leave their sums of tiles that they share, one per
+/// stream of launches, and what they ask for ahead.
 #[derive(Clone, Copy, Debug)]
 pub struct ProductScratch {
     /// Float sums, see [`ProductScratch::sizes`].
     pub partial: Span,
     /// u32 counters, zero before and after every launch.
     pub arrivals: Span,
+    /// What a later launch reads.
+    pub next: Option<Next>,
+}
+
+/// Packed weights that a later launch reads, which are asked into L2 while a launch ends and asks for nothing else.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct Next {
+    /// All of them.
+    pub weights: Span,
+    /// Steps of a warp's share that are not asked for: the later launch does that itself before it waits.
+    pub first: usize,
+}
+
+impl Next {
+    /// Steps that a warp of `stream` asks for before it waits (`Direct<8>`).
+    pub const OWN_STEPS: usize = 8;
+
+    /// Of `weight`, if it is packed.
+    pub fn of(weight: impl Into<Weight>, first: usize) -> Option<Next> {
+        let Weight { span, layout } = weight.into();
+        (layout == Layout::Tiles).then_some(Next { weights: span, first })
+    }
 }
 
 impl ProductScratch {
+    /// The same for a launch that asks for `next`.
+    pub fn ahead(self, next: Option<Next>) -> ProductScratch {
+        ProductScratch { next, ..self }
+    }
+
     /// Floats of `partial` and counters of `arrivals` for products of up to `rows` rows.
     pub fn sizes(sm_count: u32, rows: usize) -> (usize, usize) {
         let blocks = rows.div_ceil(shared::ROW_GROUP).saturating_mul(sm_count.max(1) as usize);
@@ -152,6 +183,7 @@ pub(super) struct Product {
     layout: Layout,
     /// Partial sums and counters, where the variant takes them.
     scratch: Option<[Span; 2]>,
+    next: NextWeights,
 }
 
 impl Product {
@@ -182,7 +214,15 @@ impl Product {
         }
         let kernel = variant.kernel(op.name, launch.dtype)?;
         let geometry = Geometry::linear(1, THREADS);
-        let mut product = Product { checks, variant, kernel, geometry, layout, scratch: None };
+        let mut product = Product {
+            checks,
+            variant,
+            kernel,
+            geometry,
+            layout,
+            scratch: None,
+            next: NextWeights::default(),
+        };
         match layout {
             Layout::Rows => {
                 let Shape { rows, inner, units } = shape;
@@ -246,6 +286,13 @@ impl Product {
             self.checks.span("partial", given.partial, 4, &[groups, floats])?,
             self.checks.span("arrivals", given.arrivals, 4, &[groups, counters])?,
         ]);
+        if let Some(Next { weights, first }) = given.next {
+            let steps = weights.bytes / STEP_BYTES;
+            // Shares of them are cut as of the launch's own.
+            self.checks.product("steps of the next weights times blocks", &[steps, blocks + 1])?;
+            let [steps, first] = [steps, first].map(|n| u32::try_from(n).unwrap_or(u32::MAX));
+            self.next = NextWeights { w: weights.ptr.0, steps, first };
+        }
         Ok(())
     }
 
@@ -303,6 +350,11 @@ impl Product {
     /// Addresses of the partial sums and the counters, 0 where the variant takes none.
     pub fn scratch(&self) -> [u64; 2] {
         self.scratch.map_or([0; 2], |spans| spans.map(|s| s.ptr.0))
+    }
+
+    /// What the launch asks for ahead; nothing where the variant does not.
+    pub fn next(&self) -> NextWeights {
+        self.next
     }
 
     /// The node of this launch; what it reads and writes does not name the scratch, which is added.
@@ -404,6 +456,12 @@ fn case_variants(
     })
 }
 
+/// Memory that a case lets its launch ask for, as if later weights lay there: asking must do no harm.
+fn rehearsed(memory: Span) -> Option<Next> {
+    let weights = memory.slice(0, memory.bytes / STEP_BYTES * STEP_BYTES);
+    Some(Next { weights, first: 1 })
+}
+
 /// Cases of a product: `shapes` in every element type and variant that can do them, `real` ones at the real scale in
 /// the variants that ship for them. `size` says the rows and K of a shape.
 pub(super) fn cases<S: Clone>(
@@ -442,7 +500,7 @@ pub(super) fn case(
         let (floats, counters) = ProductScratch::sizes(launch.sm_count, rows);
         let partial = rig.output("partial", DType::F32, floats)?;
         let arrivals = rig.indices("arrivals", &vec![0; counters])?;
-        let checks = run(rig, launch, Some(ProductScratch { partial, arrivals }))?;
+        let checks = run(rig, launch, Some(ProductScratch { partial, arrivals, next: rehearsed(partial) }))?;
         match rig.read_bytes(arrivals)?.iter().position(|&b| b != 0) {
             Some(at) => Err(Error::Internal(format!("counter {} was not left at zero", at / 4))),
             None => Ok(checks),
@@ -493,7 +551,7 @@ mod tests {
             rows,
             hidden: 5120,
             inner,
-            scratch: Some(ProductScratch { partial: span(3), arrivals: span(4) }),
+            scratch: Some(ProductScratch { partial: span(3), arrivals: span(4), next: None }),
         }
     }
 
@@ -610,7 +668,7 @@ mod tests {
         assert!(refusal(None, DType::Bf16, &bare).contains("needs scratch"));
         assert!(node(Some("mma"), DType::Bf16, &bare).is_ok());
         let short = Span { bytes: 132 * 1024, ..span(3) };
-        let scratch = ProductScratch { partial: short, arrivals: span(4) };
+        let scratch = ProductScratch { partial: short, arrivals: span(4), next: None };
         let few = project::Args { scratch: Some(scratch), ..tiles(8, 512) };
         assert!(node(None, DType::Bf16, &few).is_ok());
         let many = project::Args { rows: 17, ..few };

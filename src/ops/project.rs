@@ -52,6 +52,7 @@ pub(super) fn node(op: &'static Op, launch: &Launch, label: &str, args: &Args) -
         x: x.ptr.0,
         partial,
         arrivals,
+        next: product.next(),
         rows: checks.dim("rows", a.rows)?,
         hidden: checks.dim("hidden", a.hidden)?,
         inner: checks.dim("inner", a.inner)?,

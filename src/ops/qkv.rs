@@ -129,6 +129,7 @@ pub fn node(launch: &Launch, label: &str, args: &Args) -> Result<Node> {
         v_cache: v_cache.ptr.0,
         partial,
         arrivals,
+        next: product.next(),
         rows: checks.dim("rows", a.rows)?,
         hidden: checks.dim("hidden", a.hidden)?,
         heads_q: checks.dim("heads_q", a.heads_q)?,
