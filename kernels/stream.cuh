@@ -10,7 +10,8 @@
  * cut tile the warps' sums meet in shared memory; the sums of a tile that blocks share meet in `partial`, added in the
  * order of the blocks by the last to arrive. All orders are fixed by shape and grid, so the bits are too, and a row's
  * sums do not depend on the rows beside it.
- * Weights depend on no earlier launch: the first loads are under way before griddep_wait.
+ * Weights depend on no earlier launch: the first loads are under way before griddep_wait, and what a later launch reads
+ * is asked into L2 when a warp has asked for the last of its own.
  * Grid: x = blocks, one per SM; y = groups of eight rows, which read the weights once each.
  * Bound by the bytes of w. In flight per SM: up to 64 KB in registers, 8 KB of a warp at a time (`stream`), 64 to 128
  * KB in shared memory (`ring`).
