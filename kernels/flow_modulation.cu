@@ -197,33 +197,39 @@ DEV uint32_t act_chunk(uint32_t rows, uint32_t width) {
   return (kActBytes / (padded * 2) - 32) / (kStep * kMaxBatch) * (kStep * kMaxBatch);
 }
 
-/* acts[r, 0..n] = E(silu(E(time + cond))) of row row0 + r from k0 on, zeros up to a multiple of eight rows. Every block
- * does it for all rows before it multiplies: with one load at a time it would wait for L2 forty times. */
+/* acts[r, 0..n] = E(silu(E(time + cond))) of row row0 + r from k0 on; up to a multiple of eight rows the last one
+ * again, whose sums are dropped. Every block does it for all rows before it multiplies. A warp per row: what to divide
+ * by is the row's, and 1536 elements come in one latency of L2. */
 DEV void stage_silu(bf16* acts, const FlowModulationParams& p, uint32_t row0, uint32_t rows, uint32_t k0, uint32_t n,
                     uint32_t stride) {
-  constexpr uint32_t kAtOnce = 4;
-  const uint32_t octets = n / 8, all = (rows + 7) / 8 * 8 * octets;
-  for (uint32_t i0 = tid_x(); i0 < all; i0 += kAtOnce * ntid_x()) {
-    v4u time[kAtOnce], cond[kAtOnce];
+  constexpr uint32_t kAtOnce = 6, kApart = 32 * 8;
+#pragma unroll 1
+  for (uint32_t r = warp_id(); r < (rows + 7) / 8 * 8; r += num_warps()) {
+    const uint32_t row = row0 + at_most(r, rows - 1);
+    const bf16* time = ptr<const bf16>(p.time) + static_cast<size_t>(row / p.rows) * p.width + k0;
+    const bf16* cond = ptr<const bf16>(p.cond) + static_cast<size_t>(row % p.rows) * p.width + k0;
+#pragma unroll 1
+    for (uint32_t k = lane_id() * 8; k < n; k += kAtOnce * kApart) {
+      v4u of_time[kAtOnce], of_cond[kAtOnce];
 #pragma unroll
-    for (uint32_t j = 0; j < kAtOnce; j++) {
-      const uint32_t i = i0 + j * ntid_x(), r = i / octets, k = k0 + i % octets * 8;
-      if (i >= all || r >= rows) continue;
-      time[j] = ld_v4(ptr<const bf16>(p.time) + static_cast<size_t>((row0 + r) / p.rows) * p.width + k);
-      cond[j] = ld_v4(ptr<const bf16>(p.cond) + static_cast<size_t>((row0 + r) % p.rows) * p.width + k);
-    }
-#pragma unroll
-    for (uint32_t j = 0; j < kAtOnce; j++) {
-      const uint32_t i = i0 + j * ntid_x(), r = i / octets, k = i % octets * 8;
-      if (i >= all) continue;
-      float t[8] = {}, c[8];
-      if (r < rows) {
-        unpack_vec<bf16>(time[j], t);
-        unpack_vec<bf16>(cond[j], c);
-#pragma unroll
-        for (int e = 0; e < 8; e++) t[e] = silu<bf16>(round_to<bf16>(t[e] + c[e]));
+      for (uint32_t j = 0; j < kAtOnce; j++) {
+        const uint32_t at = at_most(k + j * kApart, n - 8);
+        of_time[j] = ld_v4(time + at);
+        of_cond[j] = ld_v4(cond + at);
       }
-      store_vec<bf16>(acts + r * stride + k, t);
+#pragma unroll
+      for (uint32_t j = 0; j < kAtOnce; j++) {
+        float t[8], c[8];
+        unpack_vec<bf16>(of_time[j], t);
+        unpack_vec<bf16>(of_cond[j], c);
+#pragma unroll
+        for (int e = 0; e < 8; e += 2) {
+          const uint32_t sum = pack_bf16(t[e] + c[e], t[e + 1] + c[e + 1]);
+          t[e] = silu<bf16>(bf_lo(sum));
+          t[e + 1] = silu<bf16>(bf_hi(sum));
+        }
+        if (k + j * kApart < n) store_vec<bf16>(acts + r * stride + k + j * kApart, t);
+      }
     }
   }
 }
