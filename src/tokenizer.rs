@@ -1,10 +1,11 @@
 //! The checkpoint's tokenizer: text to ids and back, exactly as the official code's fast tokenizer does it.
 //!
 //! A thin wrapper over the crate `tokenizers` that treats the three files (`tokenizer.json`, `tokenizer_config.json`,
-//! `special_tokens_map.json`) as untrusted: sizes are bounded, the ids that the model's config names must be the ones
+//! `special_tokens_map.json`) as untrusted: sizes are bounded, those of what becomes of a text too, the ids that the model's config names must be the ones
 //! that the tokenizer gives, and a split pattern that runs away is an error instead of a silently different result. It
 //! knows the NextStep special tokens, and nothing of prompts.
 
+mod growth;
 mod split_guard;
 
 use crate::error::{Error, Result};
@@ -120,6 +121,7 @@ impl Tokenizer {
         // The official calls name their own padding and truncate nothing, whatever the file holds.
         inner.with_padding(None);
         inner.with_truncation(None).map_err(|e| fail(e.to_string()))?;
+        growth::check(&inner).map_err(&fail)?;
         let guard = SplitGuard::new(&inner).map_err(&fail)?;
 
         let special: BTreeMap<u32, String> = inner
@@ -141,7 +143,16 @@ impl Tokenizer {
         let bos = token(names.bos, "bos_token")?;
         let eos = token(names.eos, "eos_token")?;
         let pad = token(names.pad, "pad_token")?;
-        Ok(Tokenizer { inner, guard, path, ids, bos, eos, pad, special })
+        let tokenizer = Tokenizer { inner, guard, path, ids, bos, eos, pad, special };
+        // What surrounds every text: the post-processor has ids of its own, in no vocabulary.
+        let around = tokenizer.encode("", true)?;
+        match around.into_iter().find(|&id| tokenizer.is_of_picture(id)) {
+            Some(id) => {
+                Err(tokenizer
+                    .fail(format!("the post-processor puts {id}, a picture's token, around every text")))
+            }
+            None => Ok(tokenizer),
+        }
     }
 
     /// The ids of a text. `add_special_tokens`: let the tokenizer put its own tokens around it (most have none).
@@ -154,7 +165,18 @@ impl Tokenizer {
             self.guard.check(&self.inner, text)?;
             self.inner.encode_fast(text, add_special_tokens).map_err(|e| e.to_string())
         });
-        Ok(encoding.map_err(|reason| self.fail(reason))?.get_ids().to_vec())
+        let encoding = encoding.map_err(|reason| self.fail(reason))?;
+        let ids = encoding.get_ids();
+        // Those of the vocabulary are; a post-processor's may be anything.
+        match ids.iter().find(|&&id| id as usize >= self.ids.vocab_size) {
+            Some(id) => {
+                let rows = self.ids.vocab_size;
+                Err(self.fail(format!(
+                    "the post-processor puts id {id} around a text, the embedding table has {rows} rows"
+                )))
+            }
+            None => Ok(ids.to_vec()),
+        }
     }
 
     /// The text of ids. Special tokens are written out unless `skip_special_tokens`.

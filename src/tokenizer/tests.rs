@@ -252,3 +252,48 @@ fn no_single_wrong_value_makes_the_loader_panic() {
         }
     }
 }
+
+/// A megabyte of file made gigabytes of a prompt, and memory that cannot be had ends the process.
+#[test]
+fn what_makes_too_much_of_a_text_is_refused() {
+    let with = |key: &str, value: Value| {
+        let mut json = tiny_json();
+        json[key] = value;
+        load(&json, TINY)
+    };
+    let replace = |content: &str| json!({"type": "Replace", "pattern": {"String": "a"}, "content": content});
+    with("normalizer", replace("\u{2581}")).unwrap();
+    let said = reason(with("normalizer", replace(&"b".repeat(17))));
+    assert!(said.contains("make 17 bytes per byte and 0 more of a text, the limits are 16"), "{said}");
+    let steps = vec![replace("aa"); 5];
+    let said = reason(with("normalizer", json!({"type": "Sequence", "normalizers": steps})));
+    assert!(said.contains("make 32 bytes per byte"), "{said}");
+    let empty = json!({"type": "Replace", "pattern": {"Regex": ""}, "content": "b".repeat(16)});
+    assert!(reason(with("normalizer", empty)).contains("make 17 bytes per byte"));
+    let prepend = json!({"type": "Prepend", "prepend": "b".repeat(4097)});
+    assert!(reason(with("normalizer", prepend)).contains("4097 more"));
+
+    let template = |token: Value, pieces: usize| {
+        let piece = json!({"SpecialToken": {"id": "x", "type_id": 0}});
+        let mut single = vec![piece; pieces];
+        single.push(json!({"Sequence": {"id": "A", "type_id": 0}}));
+        let pair = [single.clone(), vec![json!({"Sequence": {"id": "B", "type_id": 0}})]].concat();
+        with(
+            "post_processor",
+            json!({"type": "TemplateProcessing", "single": single, "pair": pair, "special_tokens": {"x": token}}),
+        )
+    };
+    let token = |ids: &[u32]| json!({"id": "x", "ids": ids, "tokens": vec!["x"; ids.len()]});
+    assert_eq!(template(token(&[7, 8]), 2).unwrap().encode("", true).unwrap(), [7, 8, 7, 8]);
+    let said = reason(template(token(&[7; 5]), 205));
+    assert!(said.contains("puts 1025 ids around a text, more than 1024"), "{said}");
+    let said = reason(template(token(&[528]), 1));
+    assert!(said.contains("id 528 around a text, the embedding table has 528 rows"), "{said}");
+    let said = reason(template(token(&[501]), 1));
+    assert!(said.contains("puts 501, a picture's token, around every text"), "{said}");
+
+    let mut json = tiny_json();
+    json["added_tokens"].as_array_mut().unwrap().push(json!({"id": 520, "content": "b".repeat(4097),
+        "single_word": false, "lstrip": false, "rstrip": false, "normalized": false, "special": true}));
+    assert!(reason(load(&json, TINY)).contains("a token has 4097 bytes, more than 4096"));
+}

@@ -2,9 +2,19 @@
 //! interpreter of the opcodes involved, whose only callables are an enumeration of four names.
 //!
 //! Values are `Copy` and refer to arenas (strings to the input itself), so a hostile pickle can build neither
-//! deep recursion nor more memory than a constant times its own length.
+//! deep recursion nor more memory than a constant times its own length. What is copied out of the arenas can be named
+//! again and again in a few bytes each time, and has limits of its own.
 
 use std::collections::HashMap;
+
+/// Tensors of a file. The released 14B model has 1,200; each is some 1.5 KB here at the most.
+const MAX_TENSORS: usize = 1 << 16;
+/// As in torch.
+const MAX_DIMENSIONS: usize = 64;
+/// Bytes of a tensor's name, a storage's class and its key.
+const MAX_NAME: usize = 1024;
+const MAX_CLASS: usize = 64;
+const MAX_KEY: usize = 256;
 
 /// A pickled tensor: a strided window onto a storage record. Elements, not bytes.
 #[derive(Clone, Debug, PartialEq)]
@@ -27,18 +37,25 @@ pub(super) fn read_state_dict(pickle: &[u8]) -> Result<Vec<(String, PickledTenso
         return Err(format!("the pickle holds {}, not a dictionary of tensors", machine.kind(top)));
     };
     let pairs = &machine.dicts[dict];
+    within("entries of the dictionary", pairs.len(), MAX_TENSORS)?;
     let mut tensors = Vec::with_capacity(pairs.len());
     for &(key, value) in pairs {
         let Value::Str(name) = key else {
             return Err(format!("a key of the dictionary is {}, not a string", machine.kind(key)));
         };
-        let name = machine.text(name).to_owned();
+        let name = machine.text(name);
+        within("bytes of a tensor's name", name.len(), MAX_NAME)?;
         let Value::Tensor(tensor) = value else {
-            return Err(format!("entry {} is {}, not a tensor", super::escape(&name), machine.kind(value)));
+            return Err(format!("entry {} is {}, not a tensor", super::escape(name), machine.kind(value)));
         };
-        tensors.push((name, machine.tensors[tensor].clone()));
+        tensors.push((name.to_owned(), machine.tensors[tensor].clone()));
     }
     Ok(tensors)
+}
+
+/// An error that has the number in it, if `count` is more than `most`.
+fn within(what: &str, count: usize, most: usize) -> Step<()> {
+    if count > most { Err(format!("{count} {what}, at most {most} are read")) } else { Ok(()) }
 }
 
 #[derive(Clone, Copy)]
@@ -321,7 +338,10 @@ impl Machine<'_> {
             ("collections", "OrderedDict") => Global::OrderedDict,
             ("torch._utils", "_rebuild_tensor_v2") => Global::RebuildTensor,
             ("torch._utils", "_rebuild_parameter") => Global::RebuildParameter,
-            ("torch", class) if class.ends_with("Storage") => Global::Storage(name),
+            ("torch", class) if class.ends_with("Storage") => {
+                within("bytes of a storage's class", class.len(), MAX_CLASS)?;
+                Global::Storage(name)
+            }
             (module, name) => {
                 return Err(format!(
                     "it asks for {}.{}, and nothing in a pickle is executed; save a plain dictionary of tensors, or safetensors",
@@ -353,6 +373,7 @@ impl Machine<'_> {
         if self.text(tag) != "storage" {
             return Err("a persistent id is not a storage".into());
         }
+        within("bytes of a storage's key", self.text(key).len(), MAX_KEY)?;
         let elements = u64::try_from(elements).map_err(|_| format!("a storage of {elements} elements"))?;
         self.stack.push(Value::Storage(self.storages.len()));
         self.storages.push(Storage { class, key, elements });
@@ -385,9 +406,11 @@ impl Machine<'_> {
                         Value::Int(number) => u64::try_from(*number).ok(),
                         _ => None,
                     };
+                    within("dimensions of a tensor", self.tuples[tuple].len(), MAX_DIMENSIONS)?;
                     let numbers = self.tuples[tuple].iter().map(number).collect::<Option<_>>();
                     numbers.ok_or_else(|| "a tensor's size or stride is not a tuple of numbers >= 0".into())
                 };
+                within("tensors", self.tensors.len() + 1, MAX_TENSORS)?;
                 let storage = &self.storages[storage];
                 let tensor = PickledTensor {
                     storage_class: self.text(storage.class).to_owned(),

@@ -172,7 +172,7 @@ impl Layout {
                 record.bytes
             ));
         }
-        if shape.len() != stride.len() || shape.len() > 64 {
+        if shape.len() != stride.len() {
             return Err(format!("{} sizes and {} strides", shape.len(), stride.len()));
         }
         let overflow =

@@ -142,3 +142,23 @@ proptest::proptest! {
         let _ = read_state_dict(&pickle);
     }
 }
+
+/// Two megabytes of pickle that named one tuple of a million numbers again and again took two gigabytes.
+#[test]
+fn what_is_named_again_and_again_is_not_copied_without_end() {
+    let refused = |pickle: &[u8]| read_state_dict(pickle).unwrap_err();
+    let many = vec![1; 65];
+    let said = refused(&pickle_dict(&[("a", tensor("FloatStorage", "0", 1, 0, &many, &many))]));
+    assert!(said.contains("65 dimensions of a tensor, at most 64 are read"), "{said}");
+    let said = refused(&pickle_dict(&[("a", tensor(&format!("{:>65}", "Storage"), "0", 1, 0, &[1], &[1]))]));
+    assert!(said.contains("65 bytes of a storage's class, at most 64"), "{said}");
+    let said = refused(&pickle_dict(&[("a", tensor("FloatStorage", &"0".repeat(257), 1, 0, &[1], &[1]))]));
+    assert!(said.contains("257 bytes of a storage's key, at most 256"), "{said}");
+    let said = refused(&pickle_dict(&[(&"a".repeat(1025), float())]));
+    assert!(said.contains("1025 bytes of a tensor's name, at most 1024"), "{said}");
+    // One name and one tensor, set 65,537 times by five bytes each.
+    let first =
+        [b"\x80\x02}".to_vec(), unicode("a"), b"q\x00".to_vec(), float(), b"q\x01s".to_vec()].concat();
+    let said = refused(&[first, b"h\x00h\x01s".repeat(1 << 16), b".".to_vec()].concat());
+    assert!(said.contains("65537 entries of the dictionary, at most 65536"), "{said}");
+}
