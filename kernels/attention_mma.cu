@@ -15,7 +15,9 @@
  * splitkv_mma, for decoding: grid (row * G + kv head, split), 128 threads. The query heads of a kv head, at most
  * eight, are the rows of one fragment. A warp takes 32 slots at a time, all their bytes in flight at once, with a
  * softmax of its own; the block adds its warps, and the last block of a (row, kv head) adds the splits in their order.
- * All blocks ask for a share of the next product's weights while they wait. Bound: latency, 4 KB per slot and layer.
+ * Bound: latency, 4 KB per slot and layer.
+ *
+ * In both, all blocks ask for a share of the next product's weights while they wait.
  */
 #include "dev.cuh"
 
@@ -32,6 +34,15 @@ static constexpr uint32_t kLine = 128; /* bytes of a line of L2 */
 
 /* What is left of a running maximum's exponentials when it becomes `max`; nothing was seen before the first. */
 DEV float shrink(float before, float max) { return before == as_f32(kMinusInfinity) ? 0.0f : fast_exp2(before - max); }
+
+/* This block's share of the next product's weights, while the cache is awaited. Not before the wait: the launch before
+ * still streams more than L2 holds, and would drop these lines again. */
+DEV void ask_for_next(const AttentionParams& p) {
+  const uint64_t all = uint64_t(nbid_x()) * nbid_y() * kThreads;
+  for (uint64_t line = (uint64_t(bid_y()) * nbid_x() + bid_x()) * kThreads + tid_x(); line * kLine < p.prefetch_bytes;
+       line += all)
+    prefetch_l2(ptr<const unsigned char>(p.prefetch) + line * kLine);
+}
 
 /* s[n] (+)= q k^T: 16 rows of q against 8 * N keys, both [..][d + kPad] in shared memory. */
 template <int D, int N>
@@ -84,6 +95,7 @@ DEV void flash(const AttentionParams& p) {
     cp_async16(q_tile + row * kPitch + c, from, known);
   }
   cp_async_commit();
+  ask_for_next(p);
   if (tid < kRows) {
     const bool known = row0 + tid < p.rows;
     sequence[tid] = known ? ptr<const uint32_t>(p.row_seq)[row0 + tid] : 0;
@@ -91,26 +103,42 @@ DEV void flash(const AttentionParams& p) {
   }
   block_sync();
 
+  /* Every lane looks at two rows, so that the rows of a run are found in the time of ten shuffles, not of 128 loads. */
+  static_assert(kRows == 64, "two per lane");
+  const uint32_t lane_sequence[2] = {sequence[lane], sequence[lane + 32]};
+  const int32_t lane_last[2] = {last[lane], last[lane + 32]};
   float o[1][D / 8][4] = {}, max[2] = {as_f32(kMinusInfinity), as_f32(kMinusInfinity)}, sum[2] = {};
   uint32_t end = 0;
   for (uint32_t first = 0; first < kRows && last[first] >= 0; first = end) {
     const uint32_t seq = sequence[first];
-    int32_t furthest = -1;
-    for (end = first; end < kRows && last[end] >= 0 && sequence[end] == seq; end++)
-      furthest = last[end] > furthest ? last[end] : furthest;
+    end = kRows;
+#pragma unroll
+    for (uint32_t i = 0; i < 2; i++)
+      if (lane + 32 * i > first && (lane_last[i] < 0 || lane_sequence[i] != seq)) end = umin(end, lane + 32 * i);
+#pragma unroll
+    for (uint32_t apart = 16; apart; apart >>= 1) end = umin(end, shfl_xor(end, apart));
+    uint32_t slots = 0, warp_slots = 0; /* that the run's rows, and those of this warp among them, see together */
+#pragma unroll
+    for (uint32_t i = 0; i < 2; i++) {
+      const uint32_t row = lane + 32 * i, sees = row >= first && row < end ? static_cast<uint32_t>(lane_last[i]) + 1 : 0;
+      slots = umax(slots, sees);
+      warp_slots = umax(warp_slots, row / 16 == warp_id() ? sees : 0);
+    }
+#pragma unroll
+    for (uint32_t apart = 16; apart; apart >>= 1) {
+      slots = umax(slots, shfl_xor(slots, apart));
+      warp_slots = umax(warp_slots, shfl_xor(warp_slots, apart));
+    }
     int32_t see[2]; /* of this thread's rows */
 #pragma unroll
     for (uint32_t i = 0; i < 2; i++) {
       const uint32_t row = mine + 8 * i;
       see[i] = row >= first && row < end ? last[row] : -1;
     }
-    int32_t warp_sees = -1;
-    for (uint32_t row = warp_id() * 16; row < warp_id() * 16 + 16; row++)
-      if (row >= first && row < end && last[row] > warp_sees) warp_sees = last[row];
 
     const size_t cache = (size_t(seq) * p.heads_kv + kv_head) * p.capacity * D;
     const bf16 *k = ptr<const bf16>(p.k_cache) + cache, *v = ptr<const bf16>(p.v_cache) + cache;
-    const uint32_t slots = static_cast<uint32_t>(furthest) + 1, tiles = (slots + kKeys - 1) / kKeys;
+    const uint32_t tiles = (slots + kKeys - 1) / kKeys;
     const auto send = [&](uint32_t tile) {
       for (uint32_t i = tid; i < kKeys * kChunks; i += kThreads) {
         const uint32_t key = i / kChunks, c = i % kChunks * 8, slot = tile * kKeys + key;
@@ -130,7 +158,7 @@ DEV void flash(const AttentionParams& p) {
         cp_async_commit();
       cp_async_wait<1>();
       block_sync();
-      if (static_cast<int32_t>(tile * kKeys) <= warp_sees) {
+      if (tile * kKeys < warp_slots) {
         float s[1][kKeys / 8][4] = {};
         scores<D>(s, q_tile + warp_id() * 16 * kPitch, k_tiles + tile % 2 * kTile);
         float factor[2];
@@ -330,10 +358,7 @@ DEV void splitkv(const AttentionParams& p) {
   cp_async_commit();
   if (first < hi) send(v_tile, v, first);
   cp_async_commit();
-  /* Not before the wait: the launch before still streams more than L2 holds, and would drop these lines again. */
-  for (uint64_t line = (uint64_t(bid_y()) * nbid_x() + bid_x()) * kThreads + tid; line * kLine < p.prefetch_bytes;
-       line += uint64_t(nbid_x()) * nbid_y() * kThreads)
-    prefetch_l2(ptr<const unsigned char>(p.prefetch) + line * kLine);
+  ask_for_next(p);
   cp_async_wait<2>();
   block_sync();
 

@@ -12,9 +12,9 @@
 
 static constexpr uint32_t kThreads = 256;
 static constexpr uint32_t kTileH = 8, kTileW = 16;
-static constexpr int kBatch = 8;  // pairs of a thread that are on their way at once
+static constexpr int kBatch = 16; // pairs of a thread that are on their way at once
 
-KERNEL(merge_stats_plain, MergeStatsParams, 256, 4) {
+KERNEL(merge_stats_plain, MergeStatsParams, 256, 2) {
   SMEM(float, scratch, kThreads / 32);
   griddep_launch();
   griddep_wait();
@@ -41,6 +41,7 @@ KERNEL(merge_stats_plain, MergeStatsParams, 256, 4) {
       const uint32_t rows = y >= p.height ? 0 : p.height - y < kTileH ? p.height - y : kTileH;
       const uint32_t cols = p.width - x < kTileW ? p.width - x : kTileW;
       pixels[i] = static_cast<float>(rows * cols);
+      pair[i] = {};
       if (rows)
         pair[i] = *reinterpret_cast<const v2u*>(
             partial + ((static_cast<size_t>(row) * tiles_x + col) * p.channels + channel) * 2);
@@ -50,8 +51,9 @@ KERNEL(merge_stats_plain, MergeStatsParams, 256, 4) {
     }
 #pragma unroll
     for (int i = 0; i < kBatch; i++) {
-      if (pixels[i] == 0.0f) continue;
-      const float delta = as_f32(pair[i].x) - origin - mean, share = pixels[i] / (count + pixels[i]);
+      // Without a branch: a tile that is not there weighs nothing. Before the first pair count is 0 and so is its weight.
+      const float delta = as_f32(pair[i].x) - origin - mean;
+      const float share = fast_div(pixels[i], f_max(count + pixels[i], 1.0f));
       mean = f_fma(delta, share, mean);
       m2 += as_f32(pair[i].y) + delta * delta * count * share;
       count += pixels[i];

@@ -67,14 +67,18 @@ DEV void copy_weights(const Product& p, const MmaBlock& b, uint32_t chunk) {
              ptr<const unsigned char>(p.w) + (tile * b.steps + step) * kStepBytes, bytes, b.full + stage);
   }
 }
-/* The rows of stage `chunk`: eight lanes bring 64 of K of one. Rows that fill up a group of eight are zeros. */
+/* The groups a warp multiplies where its rows are in `groups`: as many as there is code without branches for. Between two
+ * branches every load of rows and every multiplication would be waited for. */
+DEV uint32_t whole_groups(uint32_t groups) { return groups > 4 ? kWarpGroups : groups > 2 ? 4 : umin(groups, 1) * 2; }
+/* The rows of stage `chunk`: eight lanes bring 64 of K of one. Rows that fill up a warp's groups are zeros. */
 DEV void copy_rows(const bf16* h, const MmaBlock& b, uint32_t chunk, uint32_t inner) {
   const uint32_t octet = lane_id() % 8, k = (chunk * kMmaSteps + octet / 4) * kStepK + octet % 4 * 8;
   unsigned char* to = b.stages + (chunk - b.first) % kMmaStages * kMmaStageBytes + kMmaWeightBytes +
                       octet / 4 * kMmaStepRowBytes + octet % 4 * 16;
+  const uint32_t last = b.groups % kWarpGroups, rows = (b.groups - last + whole_groups(last)) * kStepRows;
   if (k < inner) {
 #pragma unroll 8
-    for (uint32_t row = producer_id() * 4 + lane_id() / 8; row < b.groups * kStepRows; row += 4 * kMmaProducers)
+    for (uint32_t row = producer_id() * 4 + lane_id() / 8; row < rows; row += 4 * kMmaProducers)
       cp_async16(to + row * kMmaRowBytes, h + (row < b.rows ? size_t(b.row0 + row) * inner + k : 0), row < b.rows);
   }
   cp_async_commit();
@@ -99,35 +103,29 @@ DEV void produce(const Product& p, const bf16* h, const MmaBlock& b) {
   for (uint32_t chunk = umax(b.first + kMmaAhead, b.end) - kMmaAhead; chunk < b.end; chunk++) rows_arrived(chunk);
 }
 
-/* What a warp multiplies of one step, of `groups` groups of eight rows. */
+/* What a warp multiplies of one step, of the first kGroups groups of eight rows. */
 using WarpSums = float[kWarpTiles][kWarpGroups][4];
-DEV void multiply_tiles(WarpSums& sums, const unsigned char* w, const unsigned char* h, uint32_t groups) {
-  v4u a[kWarpTiles][2];
+template <uint32_t kGroups>
+DEV void multiply_tiles(WarpSums& sums, const unsigned char* w, const unsigned char* h) {
+  v4u a[kWarpTiles][2], b[kGroups];
 #pragma unroll
   for (uint32_t i = 0; i < kWarpTiles; i++)
 #pragma unroll
     for (uint32_t half = 0; half < 2; half++) a[i][half] = ld_v4(w + i * kMmaTileBytes + half * (kStepBytes / 2));
-  /* Without branches where all are there: between two of them every load of b and every product is waited for. */
-  if (groups >= kWarpGroups) {
-    v4u b[kWarpGroups];
 #pragma unroll
-    for (uint32_t j = 0; j < kWarpGroups; j++) b[j] = ld_v4(h + j * kGroupBytes);
+  for (uint32_t j = 0; j < kGroups; j++) b[j] = ld_v4(h + j * kGroupBytes);
 #pragma unroll
-    for (uint32_t half = 0; half < 2; half++)
+  for (uint32_t half = 0; half < 2; half++)
 #pragma unroll
-      for (uint32_t j = 0; j < kWarpGroups; j++)
+    for (uint32_t j = 0; j < kGroups; j++)
 #pragma unroll
-        for (uint32_t i = 0; i < kWarpTiles; i++) multiply_half(sums[i][j], a[i][half], b[j], half);
-    return;
-  }
-#pragma unroll
-  for (uint32_t j = 0; j + 1 < kWarpGroups; j++) {
-    if (j >= groups) break;
-    const v4u b = ld_v4(h + j * kGroupBytes);
-#pragma unroll
-    for (uint32_t half = 0; half < 2; half++)
-#pragma unroll
-      for (uint32_t i = 0; i < kWarpTiles; i++) multiply_half(sums[i][j], a[i][half], b, half);
+      for (uint32_t i = 0; i < kWarpTiles; i++) multiply_half(sums[i][j], a[i][half], b[j], half);
+}
+DEV void multiply_tiles(WarpSums& sums, const unsigned char* w, const unsigned char* h, uint32_t groups) {
+  switch (groups) {
+    case kWarpGroups: return multiply_tiles<kWarpGroups>(sums, w, h);
+    case 4: return multiply_tiles<4>(sums, w, h);
+    default: return multiply_tiles<2>(sums, w, h);
   }
 }
 
@@ -177,7 +175,8 @@ DEV void multiply_all(const Product& p, const MmaBlock& b, Emit emit) {
     const unsigned char *w = stage + tile0 * kMmaTileBytes, *h = stage + kMmaWeightBytes + group0 * kGroupBytes;
 #pragma unroll
     for (uint32_t s = 0; s < kMmaSteps; s++)
-      if (i * kMmaSteps + s < steps) multiply_tiles(sums, w + s * kStepBytes, h + s * kMmaStepRowBytes, groups);
+      if (i * kMmaSteps + s < steps)
+        multiply_tiles(sums, w + s * kStepBytes, h + s * kMmaStepRowBytes, whole_groups(groups));
     warp_sync();
     if (lane_id() == 0) mbar_arrive(b.empty + slot);
   }
@@ -192,12 +191,21 @@ DEV void multiply_all(const Product& p, const MmaBlock& b, Emit emit) {
     }
     return;
   }
+  const uint32_t first_tile = b.tile0 + tile0, first_row = b.row0 + group0 * kStepRows;
+  if ((first_tile + kWarpTiles) * kUnitsPerTile <= p.units && first_row + kWarpGroups * kStepRows <= p.rows) {
+#pragma unroll
+    for (uint32_t j = 0; j < kWarpGroups; j++)
+#pragma unroll
+      for (uint32_t i = 0; i < kWarpTiles; i++)
+        emit_tile<true>(sums[i][j], first_tile + i, p.units, first_row + j * kStepRows, p.rows, emit);
+    return;
+  }
 #pragma unroll
   for (uint32_t j = 0; j < kWarpGroups; j++) {
     if (j >= groups) break;
 #pragma unroll
     for (uint32_t i = 0; i < kWarpTiles; i++)
-      emit_tile(sums[i][j], b.tile0 + tile0 + i, p.units, b.row0 + (group0 + j) * kStepRows, p.rows, emit);
+      emit_tile(sums[i][j], first_tile + i, p.units, first_row + j * kStepRows, p.rows, emit);
   }
 }
 

@@ -12,19 +12,20 @@
 #include "mma.cuh"
 #include "stream.cuh"
 
-/* activations() -> Raw or Normed, called after griddep_wait by all threads; weight and emit as for gemv. */
-template <Loop LOOP, class E, class Activations, class Weight, class Emit>
-DEV void product(const Product& p, Activations activations, Weight weight, Emit emit) {
+/* activations() -> Raw or Normed, called after griddep_wait by all threads; weight and emit as for gemv. `lookups`: what
+ * stream and ring have looked up for emit (stream.cuh); the other loops leave it alone. */
+template <Loop LOOP, class E, class Activations, class Weight, class Emit, class Lookups>
+DEV void product(const Product& p, Activations activations, Weight weight, Emit emit, Lookups& lookups) {
   griddep_launch();
   if constexpr (LOOP == Loop::kStream) {
     /* A chunk of loads may hold one end of a tile; short rows go step by step. */
     if (p.inner >= 8 * kStepK) {
-      stream<Direct<8>>(p, activations, emit);
+      stream<Direct<8>>(p, activations, emit, lookups);
     } else {
-      stream<Direct<1>>(p, activations, emit);
+      stream<Direct<1>>(p, activations, emit, lookups);
     }
   } else if constexpr (LOOP == Loop::kRing) {
-    stream<Ring>(p, activations, emit);
+    stream<Ring>(p, activations, emit, lookups);
   } else if constexpr (LOOP == Loop::kMma) {
     mma_product(p, activations, emit);
   } else {
@@ -37,6 +38,12 @@ DEV void product(const Product& p, Activations activations, Weight weight, Emit 
       gemm_tile<E>(h, p.rows, p.inner, p.units, p.vec, weight, emit);
     }
   }
+}
+
+template <Loop LOOP, class E, class Activations, class Weight, class Emit>
+DEV void product(const Product& p, Activations activations, Weight weight, Emit emit) {
+  NoLookups none;
+  product<LOOP, E>(p, activations, weight, emit, none);
 }
 
 /* The product whose outputs are the rows of one matrix [outputs, K] at p.w: a unit is two neighbouring rows, the last

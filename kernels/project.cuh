@@ -3,8 +3,8 @@
  *   x[m, n] += E(w[n, :] in[m, :] + bias[n])                           in [M, K] E, w [D, K] E, x [M, D] float
  *
  * The product is rounded to E before the addition, as a Linear stores it; the sum stays float. Each element of x
- * has one owner, so the in-place addition gives the same bits every time. From packed weights and few rows L2 adds: to
- * load, add and store would be four latencies of memory at the end of every launch, one per element of a lane. That
+ * has one owner, so the in-place addition gives the same bits every time. From packed weights L2 adds: to load, add and
+ * store would be a latency of memory per element of a lane, one behind the other, at the end of every launch. That
  * addition takes operands and sums below 2^-126 for zero.
  */
 #pragma once
@@ -17,10 +17,10 @@ DEV void project(const ProjectParams& p) {
   auto emit = [&](uint32_t row, uint32_t out, float sum) {
     float* to = x + size_t(row) * p.hidden + out;
     const float more = round_to<E>(bias ? sum + to_f32(bias[out]) : sum);
-    if constexpr (LOOP == Loop::kStream || LOOP == Loop::kRing) {
-      red_add_f32(to, more);
-    } else {
+    if constexpr (LOOP == Loop::kPlain || LOOP == Loop::kTile) {
       *to += more;
+    } else {
+      red_add_f32(to, more);
     }
   };
 

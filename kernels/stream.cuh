@@ -338,9 +338,18 @@ DEV bool combine_blocks(float (&sum)[4], Steps tile, Steps block, Steps all, flo
   return true;
 }
 
+/* An epilogue may read more than sums, each thing from where the one before it says: look for what the lane's two rows
+ * of emit_tile are, locate for where what they need lies, fetch for that of the lane's unit. Behind a launch's last sums
+ * these would be three latencies of L2; each has its place before, where something else is awaited. Overloads say what
+ * the lookups of an op are (qkv.cu); most have none. */
+struct NoLookups {};
+DEV void look(NoLookups&, uint32_t) {}
+DEV void locate(NoLookups&) {}
+DEV void fetch(NoLookups&, uint32_t) {}
+
 /* activations() is called after griddep_wait and says where h comes from. */
-template <class Source, class Activations, class Emit>
-DEV void stream(const Product& p, Activations activations, Emit emit) {
+template <class Source, class Activations, class Emit, class Lookups>
+DEV void stream(const Product& p, Activations activations, Emit emit, Lookups& lookups) {
   SMEM_DYN(bf16, staged);
   const uint32_t per_tile = p.inner / kStepK, tiles = (p.units + kUnitsPerTile - 1) / kUnitsPerTile;
   const Steps all = {0, tiles * per_tile}, block = share_of(all, bid_x(), nbid_x()),
@@ -356,15 +365,21 @@ DEV void stream(const Product& p, Activations activations, Emit emit) {
   /* Sums of rows that do not exist are nobody's: the last row stands for them. */
   const bf16* h = staged + umin(lane_id() / 4, rows - 1) * staged_stride(p.inner) + lane_id() % 4 * 8;
   float head[4] = {}, tail[4] = {};
-  auto whole = [&](const float (&sum)[4], uint32_t tile) { emit_tile(sum, tile, p.units, row0, p.rows, emit); };
+  auto unit_of = [&](uint32_t tile) { return umin(tile * kUnitsPerTile + lane_id() / 4, p.units - 1); };
+  auto whole = [&](const float (&sum)[4], uint32_t tile) {
+    look(lookups, row0), locate(lookups), fetch(lookups, unit_of(tile));
+    emit_tile(sum, tile, p.units, row0, p.rows, emit);
+  };
   multiply_steps(source, mine, per_tile, h, head, tail, whole, [&] { ask_for_next(p.next); });
 
   /* The staged rows have been read: their place takes the sums of cut tiles. */
   float* cut = reinterpret_cast<float*>(staged);
   auto slot = [&](uint32_t warp, bool is_tail) { return cut + (warp * 2 + (is_tail ? 1 : 0)) * 128 + lane_id() * 4; };
+  look(lookups, row0);
   block_sync();
   st_v4(slot(warp_id(), false), as_v4(head));
   st_v4(slot(warp_id(), true), as_v4(tail));
+  locate(lookups);
   block_sync();
   const uint32_t end_tile = (block.end + per_tile - 1) / per_tile;
   for (uint32_t t = block.first / per_tile + warp_id(); t < end_tile; t += kWarps) {
@@ -383,10 +398,11 @@ DEV void stream(const Product& p, Activations activations, Emit emit) {
       if (steps.first < steps.end && steps.first < tile.end && tile.first < steps.end) add_to(sum, part[w]);
     }
     if (emitted) continue;
+    fetch(lookups, unit_of(t));
     const size_t group = size_t(bid_y()) * nbid_x();
     if (!shared ||
         combine_blocks(sum, tile, block, all, ptr<float>(p.partial) + group * 256, ptr<uint32_t>(p.arrivals) + group)) {
-      whole(sum, t);
+      emit_tile(sum, t, p.units, row0, p.rows, emit);
     }
   }
 }

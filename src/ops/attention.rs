@@ -230,7 +230,7 @@ pub fn node(launch: &Launch, label: &str, args: &Args) -> Result<Node> {
         }
         geometry.grid[1] = splits;
     }
-    let prefetch = a.prefetch.filter(|_| split_mma).map(|w| w.slice(0, w.bytes.min(MAX_PREFETCH)));
+    let prefetch = a.prefetch.filter(|_| flash || split_mma).map(|w| w.slice(0, w.bytes.min(MAX_PREFETCH)));
     let params = AttentionParams {
         q: q.ptr.0,
         k_cache: k_cache.ptr.0,
