@@ -120,7 +120,8 @@ DEV void flash(const AttentionParams& p) {
     uint32_t slots = 0, warp_slots = 0; /* that the run's rows, and those of this warp among them, see together */
 #pragma unroll
     for (uint32_t i = 0; i < 2; i++) {
-      const uint32_t row = lane + 32 * i, sees = row >= first && row < end ? static_cast<uint32_t>(lane_last[i]) + 1 : 0;
+      const uint32_t row = lane + 32 * i,
+                     sees = row >= first && row < end ? static_cast<uint32_t>(lane_last[i]) + 1 : 0;
       slots = umax(slots, sees);
       warp_slots = umax(warp_slots, row / 16 == warp_id() ? sees : 0);
     }

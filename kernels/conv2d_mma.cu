@@ -166,14 +166,16 @@ DEV void send_weights(const Conv2dParams& p, bf16* to, uint32_t slice, uint32_t 
 }
 
 // Statistics of every channel of the tile [128 pixels][16 * NT + 8] that the block has left in shared memory. A thread
-// finds those of four channels over kPartRows rows, which it keeps in registers for the second pass. WHOLE as in finish.
+// finds those of four channels over kPartRows rows, which it keeps in registers for the second pass. WHOLE as in
+// finish.
 template <int NT, bool WHOLE>
 DEV void tile_stats(const Conv2dParams& p, const bf16* tile, float* parts, uint32_t n0, uint32_t rows, uint32_t cols) {
   constexpr uint32_t kN = 16 * NT, kParts = kTileH / kPartRows, kPixels = kPartRows * kTileW;
   static_assert(kParts * (kN / 4) <= kThreads, "one part per thread");
   const uint32_t channel = tid_x() % (kN / 4) * 4, part = tid_x() / (kN / 4);
   if (part < kParts) {
-    const uint32_t wanted = WHOLE || n0 + channel < p.c_out ? rows : 0;  // nothing lies in the columns of other channels
+    const uint32_t wanted =
+        WHOLE || n0 + channel < p.c_out ? rows : 0;  // nothing lies in the columns of other channels
     const uint32_t part_rows = wanted > part * kPartRows ? wanted - part * kPartRows : 0;
     const uint32_t count = (part_rows < kPartRows ? part_rows : kPartRows) * cols;
     const float inverse = count ? 1.0f / static_cast<float>(count) : 0.0f;
@@ -319,8 +321,8 @@ DEV void multiply(const Conv2dParams& p, unsigned char* smem, Sums<NT>& acc) {
   }
 }
 
-// Bias and residual, y, and the statistics of the tile. WHOLE: all of the block's pixels and channels exist, in octets, as
-// in all blocks of the usual sizes: between two tests one result would wait for the one before it.
+// Bias and residual, y, and the statistics of the tile. WHOLE: all of the block's pixels and channels exist, in octets,
+// as in all blocks of the usual sizes: between two tests one result would wait for the one before it.
 template <int NT, bool WHOLE>
 DEV void finish(const Conv2dParams& p, unsigned char* smem, const Sums<NT>& acc) {
   constexpr int kN = 16 * NT;
@@ -355,7 +357,8 @@ DEV void finish(const Conv2dParams& p, unsigned char* smem, const Sums<NT>& acc)
       }
       float bias[8];
 #pragma unroll
-      for (uint32_t i = 0; i < 8; i++) bias[i] = WHOLE || n + i < p.c_out ? to_f32(ptr<const bf16>(p.bias)[n + i]) : 0.0f;
+      for (uint32_t i = 0; i < 8; i++)
+        bias[i] = WHOLE || n + i < p.c_out ? to_f32(ptr<const bf16>(p.bias)[n + i]) : 0.0f;
 #pragma unroll
       for (uint32_t m = 0; m < kWarpH; m++)
 #pragma unroll
@@ -383,7 +386,8 @@ DEV void finish(const Conv2dParams& p, unsigned char* smem, const Sums<NT>& acc)
   }
   if (!p.partial) return;
   block_sync();
-  const uint32_t rows = WHOLE ? kTileH : umin(p.height - y0, kTileH), cols = WHOLE ? kTileW : umin(p.width - x0, kTileW);
+  const uint32_t rows = WHOLE ? kTileH : umin(p.height - y0, kTileH),
+                 cols = WHOLE ? kTileW : umin(p.width - x0, kTileW);
   tile_stats<NT, WHOLE>(p, tile, reinterpret_cast<float*>(tile + kTileH * kTileW * (kN + 8)), n0, rows, cols);
 }
 
@@ -399,8 +403,9 @@ DEV void conv2d_mma(const Conv2dParams& p, unsigned char* smem) {
   else if constexpr (NT == 4)  // a patch four times as large leaves no room for more channels
     multiply<Form<3, 2, 0>, NT>(p, smem, acc);
   const uint32_t tiles_x = (p.width + kTileW - 1) / kTileW;
-  const bool whole = bid_x() / tiles_x * kTileH + kTileH <= p.height && bid_x() % tiles_x * kTileW + kTileW <= p.width &&
-                     (bid_y() + 1) * (16 * NT) <= p.c_out && p.c_out % kChunk == 0;
+  const bool whole = bid_x() / tiles_x * kTileH + kTileH <= p.height &&
+                     bid_x() % tiles_x * kTileW + kTileW <= p.width && (bid_y() + 1) * (16 * NT) <= p.c_out &&
+                     p.c_out % kChunk == 0;
   if (whole)
     finish<NT, true>(p, smem, acc);
   else

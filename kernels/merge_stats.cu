@@ -12,7 +12,7 @@
 
 static constexpr uint32_t kThreads = 256;
 static constexpr uint32_t kTileH = 8, kTileW = 16;
-static constexpr int kBatch = 16; // pairs of a thread that are on their way at once
+static constexpr int kBatch = 16;  // pairs of a thread that are on their way at once
 
 KERNEL(merge_stats_plain, MergeStatsParams, 256, 2) {
   SMEM(float, scratch, kThreads / 32);
@@ -51,7 +51,8 @@ KERNEL(merge_stats_plain, MergeStatsParams, 256, 2) {
     }
 #pragma unroll
     for (int i = 0; i < kBatch; i++) {
-      // Without a branch: a tile that is not there weighs nothing. Before the first pair count is 0 and so is its weight.
+      // Without a branch: a tile that is not there weighs nothing. Before the first pair count is 0 and so is its
+      // weight.
       const float delta = as_f32(pair[i].x) - origin - mean;
       const float share = fast_div(pixels[i], f_max(count + pixels[i], 1.0f));
       mean = f_fma(delta, share, mean);

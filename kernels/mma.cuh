@@ -67,8 +67,8 @@ DEV void copy_weights(const Product& p, const MmaBlock& b, uint32_t chunk) {
              ptr<const unsigned char>(p.w) + (tile * b.steps + step) * kStepBytes, bytes, b.full + stage);
   }
 }
-/* The groups a warp multiplies where its rows are in `groups`: as many as there is code without branches for. Between two
- * branches every load of rows and every multiplication would be waited for. */
+/* The groups a warp multiplies where its rows are in `groups`: as many as there is code without branches for. Between
+ * two branches every load of rows and every multiplication would be waited for. */
 DEV uint32_t whole_groups(uint32_t groups) { return groups > 4 ? kWarpGroups : groups > 2 ? 4 : umin(groups, 1) * 2; }
 /* The rows of stage `chunk`: eight lanes bring 64 of K of one. Rows that fill up a warp's groups are zeros. */
 DEV void copy_rows(const bf16* h, const MmaBlock& b, uint32_t chunk, uint32_t inner) {

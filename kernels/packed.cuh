@@ -77,8 +77,8 @@ DEV void multiply_step(float (&sum)[4], v4u low, v4u high, v4u h SITE_) {
   multiply_half(sum, high, h, 1 PASS_);
 }
 
-/* The epilogue of one tile's sums for the rows row0 .. row0+7: a lane has both halves of unit g for two rows. WHOLE: all
- * of them exist. Between two tests a lane's results would wait for one another. */
+/* The epilogue of one tile's sums for the rows row0 .. row0+7: a lane has both halves of unit g for two rows. WHOLE:
+ * all of them exist. Between two tests a lane's results would wait for one another. */
 template <bool WHOLE = false, class Emit>
 DEV void emit_tile(const float (&sum)[4], uint32_t tile, uint32_t units, uint32_t row0, uint32_t rows, Emit emit) {
   const uint32_t unit = tile * kUnitsPerTile + lane_id() / 4, row = row0 + lane_id() % 4 * 2;

@@ -12,8 +12,8 @@
 #include "mma.cuh"
 #include "stream.cuh"
 
-/* activations() -> Raw or Normed, called after griddep_wait by all threads; weight and emit as for gemv. `lookups`: what
- * stream and ring have looked up for emit (stream.cuh); the other loops leave it alone. */
+/* activations() -> Raw or Normed, called after griddep_wait by all threads; weight and emit as for gemv. `lookups`:
+ * what stream and ring have looked up for emit (stream.cuh); the other loops leave it alone. */
 template <Loop LOOP, class E, class Activations, class Weight, class Emit, class Lookups>
 DEV void product(const Product& p, Activations activations, Weight weight, Emit emit, Lookups& lookups) {
   griddep_launch();

@@ -339,9 +339,9 @@ DEV bool combine_blocks(float (&sum)[4], Steps tile, Steps block, Steps all, flo
 }
 
 /* An epilogue may read more than sums, each thing from where the one before it says: look for what the lane's two rows
- * of emit_tile are, locate for where what they need lies, fetch for that of the lane's unit. Behind a launch's last sums
- * these would be three latencies of L2; each has its place before, where something else is awaited. Overloads say what
- * the lookups of an op are (qkv.cu); most have none. */
+ * of emit_tile are, locate for where what they need lies, fetch for that of the lane's unit. Behind a launch's last
+ * sums these would be three latencies of L2; each has its place before, where something else is awaited. Overloads say
+ * what the lookups of an op are (qkv.cu); most have none. */
 struct NoLookups {};
 DEV void look(NoLookups&, uint32_t) {}
 DEV void locate(NoLookups&) {}

@@ -20,8 +20,8 @@ static constexpr uint32_t kScorePitch = kKeys + 4, kWeightPitch = kKeys + 8;
 static constexpr uint32_t kLanes = kThreads / kQueries;  // threads of a row in the softmax
 static constexpr uint32_t kMinusInfinity = 0xff800000u;
 
-// ROWS rows of src [pixels, channels] from `first` on their way, zero after the last. A warp takes a row at a time, a lane
-// every 32nd of its chunks: no divisions, which were most of the instructions of the loop.
+// ROWS rows of src [pixels, channels] from `first` on their way, zero after the last. A warp takes a row at a time, a
+// lane every 32nd of its chunks: no divisions, which were most of the instructions of the loop.
 template <uint32_t ROWS>
 DEV void send_rows(bf16* to, const bf16* src, uint32_t first, uint32_t pixels, uint32_t channels) {
   for (uint32_t c = lane_id() * 8; c < channels; c += 32 * 8) {

@@ -76,6 +76,26 @@ impl Default for EngineOptions {
     }
 }
 
+impl EngineOptions {
+    /// Refuses what does not fit the memory budget beside the weights.
+    fn check_budget(&self, weight_bytes: u64, request_bytes: u64) -> Result<()> {
+        let Some(budget) = self.memory_budget_bytes else { return Ok(()) };
+        let out_of_memory = |what: String, requested_bytes, free_bytes| {
+            Err(Error::OutOfMemory { what, requested_bytes, free_bytes })
+        };
+        match budget.checked_sub(weight_bytes) {
+            None => out_of_memory("the weights within the memory budget".into(), weight_bytes, budget),
+            Some(left) if request_bytes > left => {
+                let what = format!(
+                    "the request, beside {weight_bytes} bytes of weights within a memory budget of {budget}"
+                );
+                out_of_memory(what, request_bytes, left)
+            }
+            Some(_) => Ok(()),
+        }
+    }
+}
+
 /// What a request will take, computed without touching the device.
 #[derive(Clone, Debug, PartialEq, serde::Serialize)]
 pub struct Plan {
@@ -277,6 +297,8 @@ impl Engine {
             }
             false => 0,
         };
+        // No request would have room: said before minutes of reading. On the planning device requests' plans say it.
+        options.check_budget(of_bytes, 0)?;
         let model = upload(&device, &options, weights, Some((of_bytes, progress)))?;
         let loading = Loading {
             read_bytes: model.read_bytes(),
@@ -475,15 +497,6 @@ impl Engine {
 
     /// Refuses a request whose bytes do not fit the memory budget beside the weights.
     pub(crate) fn check_budget(&self, request_bytes: u64) -> Result<()> {
-        let weight_bytes = self.model.weight_bytes();
-        let total = weight_bytes.saturating_add(request_bytes);
-        match self.options.memory_budget_bytes {
-            Some(budget) if total > budget => Err(Error::OutOfMemory {
-                what: "weights and request, against the memory budget".into(),
-                requested_bytes: total,
-                free_bytes: budget.saturating_sub(weight_bytes),
-            }),
-            _ => Ok(()),
-        }
+        self.options.check_budget(self.model.weight_bytes(), request_bytes)
     }
 }

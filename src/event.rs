@@ -100,7 +100,9 @@ pub(crate) fn panic_message(panic: &(dyn Any + Send)) -> String {
     text.unwrap_or("with a value that is no text").to_owned()
 }
 
-/// Stops a generation from another thread, within one image token.
+/// Stops a generation from another thread: looked at between image tokens, texts' tokens and input pictures, before the
+/// prompts' pass through the transformer and before the pictures' through the VAE. Until the call returns goes what is
+/// under way then: at most the longest of these.
 #[derive(Clone, Debug, Default)]
 pub struct CancelToken(Arc<AtomicBool>);
 

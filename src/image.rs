@@ -48,8 +48,8 @@ impl RgbImage {
     pub fn new(width: u32, height: u32, data: Vec<u8>) -> Result<RgbImage> {
         let bytes = u64::from(width).checked_mul(u64::from(height)).and_then(|pixels| pixels.checked_mul(3));
         if bytes != Some(data.len() as u64) || data.is_empty() {
-            let reason = format!("an image of {width}x{height} pixels does not have {} bytes", data.len());
-            return Err(Error::Internal(reason));
+            let reason = format!("of {width}x{height} pixels do not have {} bytes", data.len());
+            return Err(Error::request("images", reason));
         }
         Ok(RgbImage { width, height, data })
     }

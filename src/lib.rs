@@ -46,7 +46,7 @@
 //! Errors are values ([`Error`]). The library never prints, installs no handlers, opens no sockets, executes nothing
 //! from checkpoints, and allocates no more device memory than [`engine::Engine::plan`] says: a session keeps that of its
 //! last request, overwritten but for the prompts' keys and values, until a request of another shape or
-//! [`session::Session::forget`].
+//! [`session::Session::forget`]. A text takes what [`engine::Engine::plan_text`] says beside it while it is completed.
 #![warn(missing_docs)]
 
 pub mod bench;

@@ -101,8 +101,9 @@ pub fn reconstruct(engine: &Engine, image: &RgbImage, noise: LatentNoise) -> Res
     Ok(Reconstruction { image, channels })
 }
 
-/// Decodes image tokens, which [`check_layout`](ImageTokens::check_layout) has accepted for this engine: the same
-/// pictures as of the request that made them, on the same device and in the same element type.
+/// Decodes image tokens: the same pictures as of the request that made them, on the same device and in the same element
+/// type. Refuses those of another layout ([`check_layout`](ImageTokens::check_layout) names the file) and more than a
+/// request could have made.
 pub fn decode_tokens(engine: &Engine, tokens: &ImageTokens) -> Result<Vec<RgbImage>> {
     let model = &engine.model;
     let (dtype, device) = (model.dtype, &engine.device);
@@ -110,9 +111,16 @@ pub fn decode_tokens(engine: &Engine, tokens: &ImageTokens) -> Result<Vec<RgbIma
     let count = values.into_iter().try_fold(1usize, usize::checked_mul);
     if !tokens.layout.agrees(&engine.token_layout()) || count != Some(tokens.values.len()) || count == Some(0)
     {
-        let reason =
-            format!("{} image tokens values of another layout, {:?}", tokens.values.len(), tokens.layout);
-        return Err(Error::Internal(reason));
+        let reason = format!("have {} values of another layout, {:?}", tokens.values.len(), tokens.layout);
+        return Err(Error::request("tokens", reason));
+    }
+    let (limits, per_image) = (engine.limits(), tokens.grid.0 * tokens.grid.1);
+    if tokens.images > limits.max_images as usize || per_image > limits.max_image_tokens {
+        let reason = format!(
+            "are {} images of {per_image}; a request makes at most {} of {}",
+            tokens.images, limits.max_images, limits.max_image_tokens
+        );
+        return Err(Error::request("tokens", reason));
     }
     let arena_bytes = model.vae.plan(tokens.images, tokens.grid, dtype)?;
     let (bytes, _) = encode(dtype, tokens.values.clone());

@@ -22,6 +22,8 @@ pub const SINUSOID_WIDTH: usize = 256;
 pub const MAX_SAMPLING_STEPS: u32 = 1000;
 /// Largest time shift; the released models use 1 to 3.2.
 pub const MAX_TIMESTEPS_SHIFT: f64 = 100.0;
+/// Smallest warp of the time grid: with less, neighbouring times of 1000 steps are one number in float32.
+pub const MIN_TIMESTEPS_SHIFT: f64 = 1e-3;
 /// Noise level of `sde` and `cps` when none is given.
 pub const DEFAULT_NOISE_LEVEL: f64 = 0.8;
 
@@ -149,8 +151,9 @@ pub fn check_settings(
         return Err(Error::request("steps", reason));
     }
     // Written so that NaN fails.
-    if !(timesteps_shift > 0.0 && timesteps_shift <= MAX_TIMESTEPS_SHIFT) {
-        let reason = format!("is {timesteps_shift}; it must be above 0 and at most {MAX_TIMESTEPS_SHIFT}");
+    if !(MIN_TIMESTEPS_SHIFT..=MAX_TIMESTEPS_SHIFT).contains(&timesteps_shift) {
+        let reason =
+            format!("is {timesteps_shift}; it must be from {MIN_TIMESTEPS_SHIFT} to {MAX_TIMESTEPS_SHIFT}");
         return Err(Error::request("timesteps_shift", reason));
     }
     if !(0.0..=1.0).contains(&noise_level) {
@@ -311,7 +314,7 @@ mod tests {
     fn coefficients_are_finite_over_the_whole_range() {
         for sampler in Sampler::ALL {
             for steps in [2, 3, 28, 999, MAX_SAMPLING_STEPS] {
-                for shift in [1e-3, 0.5, 1.0, 3.2, MAX_TIMESTEPS_SHIFT] {
+                for shift in [MIN_TIMESTEPS_SHIFT, 0.5, 1.0, 3.2, MAX_TIMESTEPS_SHIFT] {
                     let s = Solver::new(sampler, steps, shift, 1.0).unwrap();
                     assert!(s.times.windows(2).all(|pair| pair[0] < pair[1]), "{sampler:?} {steps} {shift}");
                     assert!(

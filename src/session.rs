@@ -32,8 +32,9 @@ const TOKENS_IN_FLIGHT: usize = 2;
 /// steps, guidance branches, sampler, and prompts of about the same length; prompts, seeds, scales and times may
 /// differ. It also keeps the keys and values of the prompts, so that one that comes again, such as a negative prompt,
 /// does not go through the transformer again; the images of one request share theirs in any case. All else in the
-/// memory is overwritten. A request of another shape first gives that memory back, so that a session never holds more
-/// than one request's plan. After a request that failed or was stopped nothing is kept. Pictures are the same to the
+/// memory is overwritten. A request of another shape first gives that memory back; text ([`complete`](Self::complete)) takes
+/// its own beside it, and gives it back only where the memory budget or the device has no room for both. So a session
+/// holds one plan of pictures, and while it completes a text one of text. After a request that failed or was stopped nothing is kept. Pictures are the same to the
 /// last bit with and without. [`Images::reuse`] says what was found, [`forget`](Self::forget) gives everything back:
 /// also what a server calls that may keep nothing of one user's prompts while it serves another. Rows that show input
 /// pictures are never kept, and previews' lists are made anew.
@@ -181,10 +182,11 @@ impl Session {
         })?;
 
         let mark = Instant::now();
-        bound.encode()?;
+        bound.encode(&listener)?;
         timings.vae_encode_ms = milliseconds(mark.elapsed());
 
         let mark = Instant::now();
+        listener.check()?;
         bound.prefill()?;
         timings.prefill_ms = milliseconds(mark.elapsed());
 

@@ -242,10 +242,11 @@ impl Session {
         listener.send(&Event::Started { prompt_tokens: plan.prompt_tokens, image_tokens: 0, images: 0 })?;
 
         let mark = Instant::now();
-        run.encode_sources()?;
+        run.encode_sources(&mut || listener.check())?;
         timings.vae_encode_ms = milliseconds(mark.elapsed());
 
         let mark = Instant::now();
+        listener.check()?;
         run.stream().replay(prefill.as_ref())?;
         run.stream().synchronize()?;
         run.end_stage(Stage::Prefill)?;

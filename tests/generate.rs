@@ -5,7 +5,7 @@ use std::sync::{Arc, OnceLock};
 use warpstep::Error;
 use warpstep::device::emulated::{EmulatedDevice, EmulatedOptions};
 use warpstep::engine::{Engine, EngineOptions, ModelSource};
-use warpstep::event::{CancelToken, Control, Event};
+use warpstep::event::{CancelToken, Control, Event, LoadProgress};
 use warpstep::request::GenerateRequest;
 use warpstep::session::Images;
 
@@ -227,8 +227,23 @@ fn the_plan_is_known_before_and_a_budget_refuses() {
     let budget = Some(b.weight_bytes + a.request_bytes());
     let tight = load(EngineOptions { memory_budget_bytes: budget, ..EngineOptions::default() });
     run(&tight, &small);
-    let refused = tight.session().generate(&large, &CancelToken::new(), &mut |_| Control::Continue);
-    assert!(matches!(refused, Err(Error::OutOfMemory { .. })), "{refused:?}");
+    match tight.session().generate(&large, &CancelToken::new(), &mut |_| Control::Continue) {
+        Err(Error::OutOfMemory { what, requested_bytes, free_bytes }) => {
+            assert_eq!((requested_bytes, free_bytes), (b.request_bytes(), a.request_bytes()));
+            assert!(what.contains(&b.weight_bytes.to_string()), "{what}");
+        }
+        other => panic!("{other:?}"),
+    }
+    // Not even the weights: no progress is reported, because none of them is read.
+    let options = EngineOptions { memory_budget_bytes: Some(b.weight_bytes - 1), ..EngineOptions::default() };
+    let device = Arc::new(EmulatedDevice::new(EmulatedOptions::default()).unwrap());
+    let mut progress = |_: &LoadProgress<'_>| panic!("weights were read");
+    match Engine::load_with(&ModelSource::Demo, device, options, &mut progress) {
+        Err(Error::OutOfMemory { requested_bytes, free_bytes, .. }) => {
+            assert_eq!((requested_bytes, free_bytes), (b.weight_bytes, b.weight_bytes - 1));
+        }
+        other => panic!("{:?}", other.err()),
+    }
 }
 
 #[test]

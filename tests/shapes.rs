@@ -164,8 +164,17 @@ fn kept_tokens_decode_to_the_same_pictures() {
         let loaded = ImageTokens::load(&path).unwrap();
         assert_eq!(loaded, tokens);
         assert!(decode_tokens(&engine, &loaded).unwrap() == kept.images);
-        let mut other = loaded;
+        let mut other = loaded.clone();
         other.layout.patch = 1;
-        assert!(decode_tokens(&engine, &other).is_err());
+        assert!(matches!(decode_tokens(&engine, &other), Err(Error::InvalidRequest { field: "tokens", .. })));
+        // A file may be larger than what any request makes.
+        let (most, tokens) = (engine.limits().max_images as usize, loaded.values[..64].to_vec());
+        let crowd = |images: usize, grid: (usize, usize)| {
+            let values = tokens.repeat(images * grid.0 * grid.1);
+            decode_tokens(&engine, &ImageTokens { images, grid, values, ..loaded.clone() })
+        };
+        for refused in [crowd(most + 1, (1, 1)), crowd(1, (1, engine.limits().max_image_tokens + 1))] {
+            assert!(matches!(refused, Err(Error::InvalidRequest { field: "tokens", .. })), "{refused:?}");
+        }
     }
 }

@@ -276,12 +276,12 @@ impl TextRun {
         self.stream.as_mut()
     }
 
-    /// Encodes the input pictures.
-    pub fn encode_sources(&mut self) -> Result<()> {
+    /// Encodes the input pictures. `between` is called before each and may end it.
+    pub fn encode_sources(&mut self, between: &mut dyn FnMut() -> Result<()>) -> Result<()> {
         let selection = stage_selection(&self.model, &self.selection, Stage::Prefill)?;
         let launch = self.launch(&selection);
         let parts = SourceParts::new(&self.model, &self.arena, &self.slots.sources, &self.spec.sources);
-        parts.encode(&launch, self.stream.as_mut())
+        parts.encode(&launch, self.stream.as_mut(), between)
     }
 
     fn prefill_rows(&self) -> Rows {

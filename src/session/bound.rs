@@ -1,5 +1,6 @@
 //! A run with everything that is replayed in it, prepared once and used by request after request.
 
+use super::Listener;
 use crate::device::{Executable, Node, NodeList, nvtx};
 use crate::engine::Engine;
 use crate::error::{Error, Result};
@@ -93,17 +94,17 @@ impl Bound {
         self.run.bytes()
     }
 
-    /// Input pictures to image tokens, one after another over the same memory.
-    pub(super) fn encode(&mut self) -> Result<()> {
+    /// Input pictures to image tokens, one after another over the same memory, each awaited, so that whoever stops the
+    /// request waits for one.
+    pub(super) fn encode(&mut self, listener: &Listener<'_>) -> Result<()> {
         let _range = nvtx::range(|| "vae encode");
         for (picture, (list, encoded)) in self.lists.sources.iter().enumerate() {
+            listener.check()?;
             self.run.upload_source(picture, encoded)?;
             self.run.stream().replay(list.as_ref())?;
+            self.run.stream().synchronize()?;
         }
-        match self.lists.sources.is_empty() {
-            true => Ok(()),
-            false => self.run.stream().synchronize(),
-        }
+        Ok(())
     }
 
     /// The prompts through the transformer.

@@ -97,7 +97,7 @@ fn a_text_that_does_not_fit_the_budget_is_refused_before_it_is_allocated() {
     let tight = load(&ModelSource::Demo, budget(needed - 1)).unwrap();
     let result = tight.plan_text(&request);
     assert!(
-        matches!(result, Err(Error::OutOfMemory { requested_bytes, .. }) if requested_bytes == needed),
+        matches!(result, Err(Error::OutOfMemory { requested_bytes, .. }) if requested_bytes == plan.request_bytes()),
         "{result:?}"
     );
 }

@@ -94,9 +94,15 @@ impl<'a> SourceParts<'a> {
         stream.upload(encoded.pixels.ptr, &bytes)
     }
 
-    /// Encodes every picture, one after another over the same memory.
-    pub(in crate::model) fn encode(&self, launch: &Launch<'_>, stream: &mut dyn Stream) -> Result<()> {
+    /// Encodes every picture, one after another over the same memory. `between` is called before each and may end it.
+    pub(in crate::model) fn encode(
+        &self,
+        launch: &Launch<'_>,
+        stream: &mut dyn Stream,
+        between: &mut dyn FnMut() -> Result<()>,
+    ) -> Result<()> {
         for (picture, image) in self.sources.pictures.iter().enumerate() {
+            between()?;
             let (list, encoded) = self.record(launch, picture, |_| Default::default())?;
             self.upload_pixels(stream, image, &encoded)?;
             let executable = stream.instantiate(Arc::new(list))?;
@@ -157,6 +163,6 @@ impl Run {
         let selection = stage_selection(&self.model, &self.selection, Stage::Prefill)?;
         let launch = self.launch(&selection);
         let parts = SourceParts::new(&self.model, &self.arena, &self.slots.sources, &self.spec.sources);
-        parts.encode(&launch, self.stream.as_mut())
+        parts.encode(&launch, self.stream.as_mut(), &mut || Ok(()))
     }
 }
