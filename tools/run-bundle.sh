@@ -162,7 +162,7 @@ if command -v nvidia-smi >/dev/null; then
     step gpu 30 nvidia-smi --query-gpu=name,driver_version,memory.total,clocks.max.sm --format=csv,noheader
 fi
 step doctor 60 "$warpstep" doctor
-step conformance 60 "$warpstep" kernels conformance --device "$device" --out "$out/conformance.safetensors"
+step conformance 40 "$warpstep" kernels conformance --device "$device" --out "$out/conformance.safetensors"
 if (($? == 1)); then
     for unit in $("$warpstep" kernels conformance --list); do
         step "conformance-$unit" 20 "$warpstep" kernels conformance --unit "$unit" --device "$device"
@@ -173,14 +173,14 @@ mapfile -t ops < <("$warpstep" kernels list | sed -n 's/^\([a-z0-9_]*\): .*/\1/p
 scale=medium
 [[ -z $quick ]] || scale=small
 # Not --quiet: the last line says after which case a kernel hung.
-step kernels 150 "$warpstep" kernels test --device "$device" --scale "$scale"
+step kernels 60 "$warpstep" kernels test --device "$device" --scale "$scale"
 # Wrong results it has counted to the end. After a hang or an error of the device, the ops from there on are left.
 if (($? == 1)) && ! tail -n 1 "$out/kernels.txt" | grep --quiet --extended-regexp '^[0-9]+ passed, [0-9]+ failed$'; then
     reached=$(sed -n 's/^\([a-z0-9_]*\) .*: \(ok\|FAIL\).*/\1/p' "$out/kernels.txt" | tail -n 1)
     for op in "${ops[@]}"; do
         [[ -z $reached || $op == "$reached" ]] || continue
         reached=
-        step "kernels-$op" 60 "$warpstep" kernels test --op "$op" --device "$device" --scale "$scale"
+        step "kernels-$op" 30 "$warpstep" kernels test --op "$op" --device "$device" --scale "$scale"
     done
 fi
 
@@ -195,7 +195,7 @@ at_fault() { # WHAT is right without dependent launches only: all that follows d
 }
 cases=("$bundle"/golden/cases/*)
 [[ -z $quick ]] || cases=("$bundle"/golden/cases/{samplers,t2i_feb_cps_norm}.safetensors)
-step cases 180 "$warpstep" verify "${on[@]}" "${cases[@]}"
+step cases 120 "$warpstep" verify "${on[@]}" "${cases[@]}"
 if (($? == 1)) && [[ $device == cuda && -z $full_edges ]]; then
     step cases-full-edges 120 "$warpstep" verify "${whole[@]}" "${cases[@]}" && at_fault cases
 fi
