@@ -49,6 +49,24 @@ fn a_wrong_word_is_found() {
 }
 
 #[test]
+fn the_sign_of_an_e4m3_nan_is_the_hardwares_own_affair_and_nothing_else_is() {
+    let device = EmulatedDevice::new(EmulatedOptions::default()).unwrap();
+    let unit = warpstep::conformance::find("e4m3").unwrap();
+    let right = unit.run(&device).unwrap();
+    // The codes of the inputs come after the numbers of all codes; the last two are those of a NaN and of its negative.
+    for (at, code) in right.iter().enumerate().skip(256) {
+        let mut other = right.clone();
+        other[at] ^= 0x80;
+        let nan = at >= right.len() - 2;
+        assert_eq!(nan, code & 0x7f == 0x7f, "{at}: {code:#x}");
+        assert_eq!(unit.check(&other).is_none(), nan, "{at}: {code:#x}");
+        assert_eq!(unit.compare(&other, &right).is_none(), nan && unit.compare(&right, &other).is_none());
+        other[at] = if nan { 0x7e } else { 0x7f };
+        assert!(unit.check(&other).is_some(), "{at}: {code:#x}");
+    }
+}
+
+#[test]
 fn every_primitive_belongs_to_a_unit() {
     let source =
         std::fs::read_to_string(Path::new(env!("CARGO_MANIFEST_DIR")).join("kernels/dev.cuh")).unwrap();

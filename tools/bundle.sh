@@ -28,7 +28,9 @@ stage=$(mktemp -d)
 trap 'rm -rf "$stage"' EXIT
 mkdir -p .dist "$stage"/bundle
 strip -o "$stage"/bundle/warpstep "$binary"
-cp "$out"/ptxas-report.txt tools/peers.py tools/plot.py "$stage"/bundle/
+cp "$out"/ptxas-report.txt tools/peers.py tools/plot.py tools/likeness.py "$stage"/bundle/
+# What the emulated device draws: there it is seen whether the GPU's picture is right.
+cp tools/demo/circle.png "$stage"/bundle/picture.png
 printf '%s\n' "$WARPSTEP_COMMIT" >"$stage"/bundle/COMMIT
 cp -R tests/golden "$stage"/bundle/golden
 # Cases whose model is not in tests/golden, or only in part: they cannot run from here.

@@ -11,13 +11,14 @@ stochastic sampler, the VAE's decoder): speed depends on shapes, not on values. 
   library roof only the products of all layers, in one graph: what cuBLAS reaches with nothing else to do
 
 --ours takes its settings (steps, branches, prompt, position) from that file, so that all rows are about the same work.
-Nobody's LM head is counted: image tokens need none. --toy runs everything at toy sizes, on a CPU if need be: that
-tests this script and says nothing about speed.
+Nobody's LM head is counted: image tokens need none. --output is rewritten after every measurement. --toy runs
+everything at toy sizes, on a CPU if need be: that tests this script and says nothing about speed.
 """
 
 import argparse
 import json
 import math
+import os
 import re
 import statistics
 import sys
@@ -34,8 +35,12 @@ TOY = dict(hidden=64, layers=2, heads=4, kv=2, dim=16, mlp=160, width=64, blocks
            vae=(32, (1, 1, 1, 1), 1), sizes=(32, 64), unit=16, stream=1 << 20, gemm=64)
 
 
+# A span between two events on a GPU: so many runs at least, and so many milliseconds if few runs are shorter.
+FEWEST_RUNS, SPAN_MS, MOST_RUNS = 4, 5.0, 64
+
+
 class Clock:
-    """Medians of repeated runs: events on a GPU, the host's clock elsewhere."""
+    """Repeated runs: events on a GPU, the host's clock elsewhere."""
 
     def __init__(self, cuda, warm_up, repeats, seconds):
         self.cuda, self.warm_up, self.repeats, self.seconds = cuda, warm_up, repeats, seconds
@@ -44,24 +49,33 @@ class Clock:
         if self.cuda:
             torch.cuda.synchronize()
 
+    def span(self, work, runs):
+        """Milliseconds of one of so many runs that were enqueued one after the other: the first alone finds an idle
+        stream, which waits for the host, as no token but a picture's first does."""
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        start.record()
+        for _ in range(runs):
+            work()
+        end.record()
+        end.synchronize()
+        return start.elapsed_time(end) / runs
+
     def measure(self, work):
-        """Milliseconds of every timed run."""
+        """Milliseconds of a run, once for every span that was timed."""
         begin = time.perf_counter()
         for _ in range(self.warm_up):
             work()
             self.wait()
             if time.perf_counter() - begin > self.seconds:
                 break
+        runs = 1
+        if self.cuda:
+            runs = max(FEWEST_RUNS, min(MOST_RUNS, math.ceil(SPAN_MS / max(self.span(work, 1), 1e-3))))
         samples = []
         begin = time.perf_counter()
         while len(samples) < self.repeats and (len(samples) < 3 or time.perf_counter() - begin < self.seconds):
             if self.cuda:
-                start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-                start.record()
-                work()
-                end.record()
-                end.synchronize()
-                samples.append(start.elapsed_time(end))
+                samples.append(self.span(work, runs))
             else:
                 start = time.perf_counter()
                 work()
@@ -242,10 +256,11 @@ class FlowHead(nn.Module):
 
     @staticmethod
     def solver(times):
-        """What the state, the velocity and the noise of every step are multiplied with."""
-        steps = [(1 - dt, dt * (1 + t), math.sqrt(2 * (1 - t) * dt))
+        """What the state, the velocity and the noise of every step are multiplied with; a fourth column, so that every
+        row lies on 16 bytes: compiled code copies an input that does not before it uses it."""
+        steps = [(1 - dt, dt * (1 + t), math.sqrt(2 * (1 - t) * dt), 0)
                  for t, dt in zip(times.tolist(), times.diff().tolist())]
-        return torch.tensor(steps + [(1, 0.04, 0)])
+        return torch.tensor(steps + [(1, 0.04, 0, 0)])
 
     @classmethod
     def update(cls, x, v, times, i, guidance):
@@ -345,9 +360,10 @@ class Bench:
         self.a, self.s = args, s
         self.cuda = torch.cuda.is_available() and not args.cpu
         self.device = "cuda" if self.cuda else "cpu"
-        self.dtype = torch.bfloat16 if args.fmt == "bf16" else torch.float32
+        self.dtype, self.size = (torch.bfloat16, 2) if args.fmt == "bf16" else (torch.float32, 4)
         self.clock = Clock(self.cuda, 20 if self.cuda else 1, args.repeats, args.seconds_per_row)
-        self.samples, self.rows = {}, []
+        self.samples, self.rows, self.ours, self.top = {}, [], [], None
+        self.name = torch.cuda.get_device_name() if self.cuda else "CPU: these times say nothing about a GPU"
         self.deadline = time.monotonic() + args.seconds
 
     def time(self, name, work):
@@ -355,6 +371,7 @@ class Bench:
             print(f"{name}: no time left", file=sys.stderr)
             return None
         self.samples[name] = self.clock.measure(work)
+        self.save()
         median = statistics.median(self.samples[name])
         print(f"{name}: {median:.3f} ms ({len(self.samples[name])} runs)", file=sys.stderr, flush=True)
         return median
@@ -370,27 +387,46 @@ class Bench:
         return sum(e.count for e in found.key_averages() if e.key in ("cudaLaunchKernel", "cudaLaunchKernelExC",
                                                                        "cuLaunchKernel", "cuLaunchKernelEx"))
 
+    def save(self):
+        """All of it so far, and whole at any moment: whoever stops this program keeps what it has measured."""
+        if not self.a.output:
+            return
+        settings = {name: getattr(self.a, name) for name in ("branches", "steps", "prompt", "position")}
+        with open(self.a.output + ".new", "w") as file:
+            json.dump(dict(schema="warpstep-peers-1", torch=torch.__version__, device=self.name, toy=self.a.toy,
+                           settings=settings, ceilings=self.top, rows=self.rows + self.ours,
+                           samples_ms=self.samples), file, indent=1)
+        os.replace(self.a.output + ".new", self.a.output)
+
     def row(self, name, prefill=None, backbone=None, moved=None, flow=None, vae=None, launches=None):
-        """`vae`: milliseconds by size. A picture is computed from its parts, at the position that was timed."""
+        """`vae`: milliseconds by size. A picture is computed from its parts, for a token in its middle: fewer slots of
+        the cache than at the position that was timed, or more, at the bandwidth of the copy."""
         vae = vae or {}
         image = {}
         for size in self.s["sizes"]:
             parts = (prefill, backbone, flow, vae.get(size))
             if None not in parts:
-                image[size] = (prefill + (size // self.s["unit"]) ** 2 * (backbone + flow) + vae[size]) / 1e3
+                tokens = (size // self.s["unit"]) ** 2
+                slots = self.a.prompt + tokens // 2 - self.a.position
+                more = cache_bytes(self.s, self.size, self.a.branches, slots) / self.top["copy_gb_per_s"] / 1e6
+                image[size] = (prefill + tokens * (backbone + more + flow) + vae[size]) / 1e3
         peak = torch.cuda.max_memory_allocated() / 1e9 if self.cuda else None
         ratio = moved / 1e6 / backbone / self.top["copy_gb_per_s"] if backbone and moved else None
         self.rows.append(dict(name=name, fmt=self.a.fmt, branches=self.a.branches, steps=self.a.steps,
                               prefill_ms=prefill, backbone_ms=backbone, ratio_to_copy=ratio, flow_ms=flow,
                               vae_ms={str(k): v for k, v in vae.items()},
                               image_s={str(k): v for k, v in image.items()}, peak_gb=peak, launches=launches))
+        self.save()
 
     # Not inference_mode: torch 2.11 cannot compile products of batches in it (pytorch/pytorch#181512).
     @torch.no_grad()
     def run(self):
         a, s, device, dtype = self.a, self.s, self.device, self.dtype
-        size, branches, position = (2 if a.fmt == "bf16" else 4), a.branches, a.position
+        size, branches, position = self.size, a.branches, a.position
+        # The fastest of its convolutions for each shape, found while warming up.
+        torch.backends.cudnn.benchmark = True
         self.top = ceilings(self.clock, s, device, dtype)
+        self.save()
         print("ceilings:", {k: round(v, 2) for k, v in self.top.items()}, file=sys.stderr)
         moved = layer_bytes(s, size)
         with_cache = moved + cache_bytes(s, size, branches, position)
@@ -457,14 +493,14 @@ class Bench:
 
 
 def ours(path, position, sizes):
-    """A row of the table from `warpstep bench --format json`."""
+    """A row of the table from `warpstep bench --format json`, which may lack what was not measured."""
     with open(path) as file:
         report = json.load(file)
-    rows = {row["test"]: row for row in report["rows"]}
+    rows = {row["test"]: row for row in report["rows"] if row["median_ms"] is not None}
     median = lambda test: rows[test]["median_ms"] if test in rows else None
     first = lambda text: next((row["median_ms"] for test, row in rows.items() if test.startswith(text)), None)
     decoder, projector = (rows.get(f"token @{position}: {part}") for part in ("LLM decoder", "projector"))
-    backbone = decoder and decoder["median_ms"] + projector["median_ms"]
+    backbone = decoder["median_ms"] + projector["median_ms"] if decoder and projector else None
     vae = {str(s): median(f"VAE decode {s}x{s}") for s in sizes}
     image = {str(s): median(f"image {s}x{s}") for s in sizes}
     return dict(name=f"warpstep {report['header']['version']} ({report['header']['device']})",
@@ -475,14 +511,16 @@ def ours(path, position, sizes):
 
 
 def settings_of(path):
-    """Steps, branches, prompt, position and device that a report of ours is about."""
+    """Steps, branches, prompt and position that a report of ours is about; nothing of one that ended before its first
+    token: its other rows are worth comparing all the same."""
     with open(path) as file:
         report = json.load(file)
-    positions = [int(m[1]) for row in report["rows"] if (m := re.match(r"token @(\d+): total", row["test"]))]
+    positions = [int(m[1]) for row in report["rows"] if (m := re.match(r"token @(\d+): ", row["test"]))]
     shape = next((row["shape"] for row in report["rows"] if row["test"].startswith("token @")), "")
     found = re.search(r"(\d+) images x (\d+) branches, (\d+) evaluations, prompt (\d+)", shape)
-    if not found or not positions:
-        sys.exit(f"{path}: no token rows; run warpstep bench with positions")
+    if not found:
+        print(f"{path}: no token rows, so that its settings are unknown", file=sys.stderr)
+        return {}
     images, branches, steps, prompt = map(int, found.groups())
     if images != 1:
         sys.exit(f"{path}: is about {images} pictures at a time, the peers about one")
@@ -525,11 +563,10 @@ def main():
     if args.toy:
         standard = dict(branches=2, steps=3, prompt=8, position=32)
         args.repeats, args.seconds_per_row = min(args.repeats, 3), min(args.seconds_per_row, 0.2)
-    if args.ours:
-        standard = settings_of(args.ours)
-    for name, value in standard.items():
+    theirs = settings_of(args.ours) if args.ours else {}
+    for name, value in (standard | theirs).items():
         given = getattr(args, name)
-        if args.ours and given is not None and given != value:
+        if name in theirs and given is not None and given != value:
             sys.exit(f"--{name} {given}: {args.ours} is about {value}")
         setattr(args, name, value if given is None else given)
     if args.branches not in (1, 2):
@@ -540,6 +577,9 @@ def main():
     torch.manual_seed(1)
     s = TOY if args.toy else REAL
     bench, failed = Bench(args, s), False
+    if args.ours:
+        row = ours(args.ours, args.position, s["sizes"])
+        bench.ours = [dict(row, branches=args.branches, steps=args.steps)]
     try:
         bench.run()
     except Exception:
@@ -548,19 +588,12 @@ def main():
         # What was measured before is worth keeping.
         traceback.print_exc()
         failed = True
-    rows = bench.rows
-    if args.ours:
-        rows = rows + [dict(ours(args.ours, args.position, s["sizes"]), branches=args.branches, steps=args.steps)]
-    name = torch.cuda.get_device_name() if bench.cuda else "CPU: these times say nothing about a GPU"
+    bench.save()
     top = bench.top
-    print(f"torch {torch.__version__} on {name}; copy {top['copy_gb_per_s']:.1f} GB/s, read "
+    print(f"torch {torch.__version__} on {bench.name}; copy {top['copy_gb_per_s']:.1f} GB/s, read "
           f"{top['read_gb_per_s']:.1f} GB/s, product {top['product_tflop_per_s']:.2f} TFLOP/s; random weights; peers' "
           "pictures are computed from their parts, warpstep's are measured\n")
-    print(table(rows, s["sizes"], args.position))
-    if args.output:
-        with open(args.output, "w") as file:
-            json.dump(dict(schema="warpstep-peers-1", torch=torch.__version__, device=name, toy=args.toy,
-                           settings=standard, ceilings=top, rows=rows, samples_ms=bench.samples), file, indent=1)
+    print(table(bench.rows + bench.ours, s["sizes"], args.position))
     if failed:
         sys.exit("not all rows were measured")
 

@@ -16,6 +16,9 @@ use serde::Serialize;
 use std::fmt::Write as _;
 use std::sync::Arc;
 
+/// What its JSON says it is.
+pub const SCHEMA: &str = "warpstep-derived-1";
+
 /// SMs of the shipped geometry.
 const SM_COUNT: u32 = 132;
 
@@ -111,6 +114,15 @@ impl Derived {
         let image = total(&self.image, |op| op.weights + op.activations);
         let prefill = total(&self.prefill, OpBytes::floor);
         (self.ms(prefill) + self.ms(image) + self.tokens as f64 * self.token_ms()) / 1e3
+    }
+
+    /// Everything as one object.
+    pub fn json(&self) -> Result<String> {
+        let value = serde_json::json!({
+            "schema": SCHEMA, "derived": self, "token_ms": self.token_ms(), "image_s": self.image_s(),
+        });
+        let text = serde_json::to_string_pretty(&value);
+        text.map(|text| text + "\n").map_err(|error| Error::Internal(format!("derived: {error}")))
     }
 
     /// The table for people, every figure marked as derived.
@@ -247,5 +259,18 @@ mod tests {
         assert_eq!(sum(&a, |op| op.cache) * (192 + 8 + 1), sum(&b, |op| op.cache) * 2 * (96 + 8 + 1));
         assert!(derive(&configs, DType::Bf16, &options(), (64, 60), 3.0e12).is_err());
         assert!(derive(&configs, DType::Bf16, &options(), (64, 64), f64::NAN).is_err());
+    }
+
+    /// What `tools/run-bundle.sh` tries: a variant that is named is taken for the prompt too, and a ring holds few rows.
+    #[test]
+    fn rings_fit_a_token_of_the_14b_after_prompts_of_one_token() {
+        let rings = ["qkv", "o_proj", "gate_up", "down", "out_proj", "linear"].map(|op| format!("{op}=ring"));
+        let kernels = Selection::parse(&rings).unwrap();
+        let with = |prompt| {
+            let options = Options { kernels: kernels.clone(), prompt, ..options() };
+            derive(&configs("14b", None).unwrap(), DType::Bf16, &options, (512, 512), 3.0e12)
+        };
+        with(1).unwrap();
+        assert!(matches!(with(96), Err(Error::Unsupported { .. })));
     }
 }

@@ -26,12 +26,12 @@ const FORMAT: &str = "warpstep conformance 1";
 /// What a unit must leave.
 #[derive(Clone, Debug)]
 pub enum Expected {
-    /// These words, bit for bit; a NaN is only that where `any_nan` is set.
+    /// These words, but for what is the hardware's own affair.
     Bits {
         /// Words.
         words: Vec<u32>,
-        /// Whether all NaNs are alike: which one an operation makes is the hardware's own affair.
-        any_nan: bool,
+        /// Whether two words that differ are the same all the same.
+        alike: fn(u32, u32) -> bool,
     },
     /// Floats, each with the largest error that the CUDA programming guide documents.
     Near(Vec<(f64, f64)>),
@@ -126,7 +126,7 @@ impl Unit {
     /// Compares an output with what the manual says.
     pub fn check(&self, words: &[u32]) -> Option<Mismatch> {
         match (self.expected)(&(self.input)()) {
-            Expected::Bits { words: expected, any_nan } => compare_bits(words, &expected, any_nan),
+            Expected::Bits { words: expected, alike } => compare_bits(words, &expected, alike),
             Expected::Near(expected) => mismatch(words.len(), expected.len(), |i| {
                 let (value, allowed) = expected[i];
                 let got = f64::from(f32::from_bits(words[i]));
@@ -143,17 +143,16 @@ impl Unit {
     /// Compares the outputs of two devices: bit for bit, but for approximations, which may each err as documented.
     pub fn compare(&self, ours: &[u32], theirs: &[u32]) -> Option<Mismatch> {
         match (self.expected)(&(self.input)()) {
-            Expected::Bits { any_nan, .. } => compare_bits(ours, theirs, any_nan),
+            Expected::Bits { alike, .. } => compare_bits(ours, theirs, alike),
             Expected::Near(_) => self.check(ours).or_else(|| self.check(theirs)),
         }
     }
 }
 
-fn compare_bits(got: &[u32], expected: &[u32], any_nan: bool) -> Option<Mismatch> {
-    let nan = |bits: u32| any_nan && f32::from_bits(bits).is_nan();
+fn compare_bits(got: &[u32], expected: &[u32], alike: fn(u32, u32) -> bool) -> Option<Mismatch> {
     mismatch(got.len(), expected.len(), |i| {
         let (g, e) = (got[i], expected[i]);
-        (g != e && !(nan(g) && nan(e))).then(|| format!("{g:#010x}, should be {e:#010x}"))
+        (g != e && !alike(g, e)).then(|| format!("{g:#010x}, should be {e:#010x}"))
     })
 }
 

@@ -2,7 +2,7 @@
 
 use crate::args::{DeviceArgs, Precision, parse_size};
 use crate::loading::{LoadArgs, load};
-use crate::measured::Measured;
+use crate::measured::{FormatName, Measured};
 use anyhow::{Result, bail};
 use clap::Args;
 use std::path::PathBuf;
@@ -77,8 +77,13 @@ pub struct Bench {
     #[arg(long, value_name = "N", value_parser = clap::value_parser!(u32).range(1..))]
     pictures: Option<u32>,
 
-    /// Measure nothing: count the bytes of one token's nodes, on paper, and price them.
-    #[arg(long, conflicts_with = "model")]
+    /// Measure nothing: count the bytes of one token's nodes, on paper, and price them, for a picture of one size
+    /// [default: 512x512]. As md or json.
+    // What says how or where to measure would be passed over in silence.
+    #[arg(long, conflicts_with_all = [
+        "model", "positions", "no_images", "pictures", "seed", "repeat", "seconds", "commit", "no_mmap",
+        "load_threads", "device", "cubins", "no_dependent_launch", "shared_carveout", "sm_count",
+    ])]
     derive: bool,
 
     /// Bytes per second for --derive: 3.0e12 is what a copy on an H100 reaches.
@@ -110,6 +115,7 @@ fn parse_positions(text: &str) -> Result<Positions, std::num::ParseIntError> {
 impl Bench {
     /// Runs the verb.
     pub fn run(self) -> Result<ExitCode> {
+        self.measured.check()?;
         if self.derive {
             return self.derived();
         }
@@ -143,27 +149,27 @@ impl Bench {
         header.notes.push(shape(&model));
         // The copy's buffers beside the weights: they are gone before a generation allocates.
         let ceilings = Ceilings::measure(&device, &options.effort, Sizes::for_device(device.as_ref()))?;
-        let mut show = |row: &Row| {
-            let (test, ms) = (&row.test, row.median());
-            if row.samples_ms.is_empty() {
-                eprintln!("{test}: {}", row.note);
-            } else if row.bytes == 0 {
-                eprintln!("{test}: {ms:.3} ms");
-            } else if row.floor == Floor::Copy {
-                eprintln!("{test}: {ms:.3} ms, {:.3} of copy", row.gb_per_s() / ceilings.copy.gb_per_s());
-            } else {
-                eprintln!("{test}: {ms:.3} ms, {:.2} GB/s, {}", row.gb_per_s(), row.note);
+        ceilings.rows().into_iter().for_each(|row| show(row, &ceilings));
+        let mut report = Report { header, ceilings: ceilings.clone(), rows: Vec::new() };
+        self.measured.keep(&report)?;
+        let mut done = |row: &Row| {
+            show(row, &ceilings);
+            report.rows.push(row.clone());
+            // The figures are on their way to the terminal too: no reason to stop measuring.
+            if let Err(error) = self.measured.keep(&report) {
+                eprintln!("{error:#}");
             }
         };
-        ceilings.rows().into_iter().for_each(&mut show);
-        let mut rows = match &self.model {
+        match &self.model {
             Some(dir) => loading::measure(dir, &device, &engine_options, &loads, &options.effort)?,
             None => vec![loading::nothing()],
-        };
-        rows.iter().for_each(&mut show);
-        rows.extend(model::run(&device, &model, &options, &ceilings, &mut show)?);
-        header.card.extend(crate::measured::card().into_iter().skip(1).map(|line| format!("after: {line}")));
-        self.measured.write(&Report { header, ceilings, rows })?;
+        }
+        .iter()
+        .for_each(&mut done);
+        model::run(&device, &model, &options, &ceilings, &mut done)?;
+        let after = crate::measured::card().into_iter().skip(1).map(|line| format!("after: {line}"));
+        report.header.card.extend(after);
+        self.measured.write(&report)?;
         Ok(ExitCode::SUCCESS)
     }
 
@@ -173,10 +179,17 @@ impl Bench {
 
     fn derived(&self) -> Result<ExitCode> {
         let options = self.options("cuda", "14b")?;
+        if self.sizes.is_some() && options.sizes.len() != 1 {
+            bail!(Error::request("sizes", "--derive is about one picture, of one size"));
+        }
         let configs = synthetic::configs(self.synthetic_name("14b"), self.layers)?;
         let size = options.sizes.last().copied().unwrap_or((512, 512));
         let derived = derive(&configs, self.precision.into(), &options, size, self.bandwidth)?;
-        print!("{}", derived.markdown());
+        self.measured.write_text(&match self.measured.format() {
+            FormatName::Md => derived.markdown(),
+            FormatName::Json => derived.json()?,
+            FormatName::Csv => bail!(Error::request("format", "--derive writes md or json, not csv")),
+        })?;
         Ok(ExitCode::SUCCESS)
     }
 
@@ -219,6 +232,20 @@ impl Bench {
             pictures: self.pictures.unwrap_or(if gpu { 5 } else { 1 }) as usize,
             seed: self.seed,
         })
+    }
+}
+
+/// A finished row, for people who wait.
+fn show(row: &Row, ceilings: &Ceilings) {
+    let (test, ms) = (&row.test, row.median());
+    if row.samples_ms.is_empty() {
+        eprintln!("{test}: {}", row.note);
+    } else if row.bytes == 0 {
+        eprintln!("{test}: {ms:.3} ms");
+    } else if row.floor == Floor::Copy {
+        eprintln!("{test}: {ms:.3} ms, {:.3} of copy", row.gb_per_s() / ceilings.copy.gb_per_s());
+    } else {
+        eprintln!("{test}: {ms:.3} ms, {:.2} GB/s, {}", row.gb_per_s(), row.note);
     }
 }
 

@@ -2,6 +2,7 @@
 
 use crate::args::{DeviceArgs, Precision};
 use crate::kernels_bench::KernelsBench;
+use crate::outputs::check_output;
 use anyhow::{Result, bail};
 use clap::{Args, Subcommand};
 use std::path::PathBuf;
@@ -150,6 +151,7 @@ impl Conformance {
             conformance::UNITS.iter().for_each(|unit| println!("{}", unit.name));
             return Ok(ExitCode::SUCCESS);
         }
+        self.out.iter().try_for_each(|path| check_output(path))?;
         let device = self.device.open()?;
         let kept = self.against.as_deref().map(Outputs::load).transpose()?;
         let only = self.unit.as_deref().map(conformance::find).transpose()?;

@@ -60,6 +60,7 @@ impl KernelsBench {
                 format!("{kernel}: every variant is timed here; --op and --variant choose among them")
             ));
         }
+        self.measured.check()?;
         let probe = self.device.open()?;
         let gpu = probe.info().kind == "cuda";
         let scale = match self.scale.as_deref() {
@@ -108,7 +109,6 @@ impl KernelsBench {
                     let (test, variant, shape) = (&rows[0].test, &rows[0].variant, &rows[0].shape);
                     eprintln!("{test} {variant} {shape}: cold {cold:.4} ms, hot {hot:.4} ms");
                     report.rows.extend(rows);
-                    // Time may run out before the last case.
                     self.measured.keep(&report)?;
                 }
                 Err(error) => {

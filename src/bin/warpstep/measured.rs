@@ -1,9 +1,10 @@
 //! What both benches share: how much effort, where the report goes, and what is said of the machine.
 
 use crate::args::DeviceArgs;
+use crate::outputs::check_output;
 use anyhow::{Context, Result};
 use clap::{Args, ValueEnum};
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 use std::time::{SystemTime, UNIX_EPOCH};
 use warpstep::bench::report::{EMULATED, Format, Header, Report};
@@ -49,6 +50,16 @@ pub struct Measured {
 }
 
 impl Measured {
+    /// Says before the work, not after it, that the report could not be written.
+    pub fn check(&self) -> Result<()> {
+        self.output.iter().try_for_each(|path| check_output(path))
+    }
+
+    /// The form that was asked for.
+    pub fn format(&self) -> FormatName {
+        self.format
+    }
+
     /// Effort for one row.
     pub fn effort(&self, kind: &str) -> Effort {
         let mut effort = Effort::for_device(kind);
@@ -87,20 +98,24 @@ impl Measured {
 
     /// Writes the report where it was asked for.
     pub fn write(&self, report: &Report) -> Result<()> {
+        self.write_text(&self.text(report)?)
+    }
+
+    /// The same of a text.
+    pub fn write_text(&self, text: &str) -> Result<()> {
         match &self.output {
-            None => print!("{}", self.text(report)?),
+            None => print!("{text}"),
             Some(path) => {
-                self.keep(report)?;
+                replace(path, text)?;
                 eprintln!("wrote {}", path.display());
             }
         }
         Ok(())
     }
 
-    /// Writes what there is of a report so far, if it goes to a file.
+    /// Writes what there is of a report so far, if it goes to a file: time may run out before the last row.
     pub fn keep(&self, report: &Report) -> Result<()> {
-        let Some(path) = &self.output else { return Ok(()) };
-        std::fs::write(path, self.text(report)?).with_context(|| format!("cannot write {}", path.display()))
+        self.output.iter().try_for_each(|path| replace(path, &self.text(report)?))
     }
 
     fn text(&self, report: &Report) -> Result<String> {
@@ -110,6 +125,21 @@ impl Measured {
             FormatName::Json => Format::Json,
         })?)
     }
+}
+
+/// Puts `text` in the place of what was in the file, at once: whoever kills this program keeps one whole report.
+fn replace(path: &Path, text: &str) -> Result<()> {
+    // Through a link. What is no file, such as /dev/stdout, a rename would replace.
+    let path = std::fs::canonicalize(path).unwrap_or_else(|_| path.to_path_buf());
+    let written = match path.exists() && !path.is_file() {
+        true => std::fs::write(&path, text),
+        false => {
+            let mut new = path.clone().into_os_string();
+            new.push(".new");
+            std::fs::write(&new, text).and_then(|()| std::fs::rename(&new, &path))
+        }
+    };
+    written.with_context(|| format!("cannot write {}", path.display()))
 }
 
 /// What `nvidia-smi` says of the cards, where there is one: names, driver, clocks and power are only read.
