@@ -48,9 +48,9 @@ DEV Words words_for(uint32_t rows, uint32_t per_block, uint32_t*& next) {
 DEV uint32_t word_at(const Words& w, uint32_t group, uint32_t tile, uint32_t i) {
   return group * w.of_all + bid_x() * w.of_block + tile * kTileWords + i;
 }
-/* Fills in `rows`: whole blocks, whose barrier follows. */
-DEV void list_rows(const Words& w, uint32_t rows, uint32_t per_block) {
-  for (uint32_t i = tid_x(); i < w.of_all; i += ntid_x()) {
+/* Fills in `rows`, as the thread'th of `threads`, whose barrier follows. */
+DEV void list_rows(const Words& w, uint32_t rows, uint32_t per_block, uint32_t thread, uint32_t threads) {
+  for (uint32_t i = thread; i < w.of_all; i += threads) {
     const uint32_t local = i % w.of_block, tile = local / kTileWords;
     const uint32_t first = tile * kTile + local % kTileWords * kTriple, row = i / w.of_block * per_block + first;
     const uint32_t end = umin(rows - row, umin(per_block, (tile + 1) * kTile) - first);

@@ -133,6 +133,17 @@ DEV void produce_vectors(const FlowChainParams& p, const Memory& sh, const Pass&
   }
 }
 
+/* This block's rows of w_next and b_next into L2, an evaluation before project_token reads them: a token ago they were
+ * there last, and the model's weights went by since. */
+DEV void ask_for_projector(const FlowChainParams& p) {
+  constexpr uint32_t kLine = 128;
+  const Share rows = share(p.hidden, p.rows_hidden);
+  const uint32_t bytes = rows.count * p.token_dim * 2;
+  for (uint32_t at = lane_id() * kLine; at < bytes; at += 32 * kLine)
+    prefetch_l2(ptr<const uint8_t>(p.w_next) + static_cast<size_t>(rows.first) * p.token_dim * 2 + at);
+  if (lane_id() == 0 && rows.count != 0) prefetch_l2(ptr<const bf16>(p.b_next) + rows.first);
+}
+
 DEV void produce(const FlowChainParams& p, const Memory& sh) {
   const uint32_t passes = (p.images + p.images_at_once - 1) / p.images_at_once;
   const uint64_t passing = l2_evict_first(), pinned = l2_evict_last();
@@ -142,6 +153,7 @@ DEV void produce(const FlowChainParams& p, const Memory& sh) {
     const Pass pass = pass_at(p, e / p.steps * p.images_at_once);
     const uint32_t n = e % p.steps;
     at.segment = 0;
+    if (n + 1 == p.steps) ask_for_projector(p);
     for (uint32_t i = 0; i < 2 * p.blocks + 1; i++) {
       if (i % 2 == 0) produce_vectors(p, sh, pass, n, i / 2, vectors);
       const Product m = product_at(p, n, i);
@@ -639,9 +651,6 @@ KERNEL(flow_ring_bf16, FlowChainParams, kThreads, 1) {
   sh.of_width = words_for(p.width, p.rows_width, rows_of);
   sh.of_mlp = words_for(p.mlp_width, p.rows_mlp, rows_of);
   sh.of_token = words_for(p.token_dim, p.rows_token, rows_of);
-  list_rows(sh.of_width, p.width, p.rows_width);
-  list_rows(sh.of_mlp, p.mlp_width, p.rows_mlp);
-  list_rows(sh.of_token, p.token_dim, p.rows_token);
 
   if (tid_x() == 0) {
     for (uint32_t i = 0; i < p.resident + p.stages; i++) mbar_init(&sh.full[i], 1);
@@ -651,19 +660,26 @@ KERNEL(flow_ring_bf16, FlowChainParams, kThreads, 1) {
     for (uint32_t i = 0; i < 2; i++) mbar_init(&sh.partial_full[i], kWarps), mbar_init(&sh.partial_empty[i], 1);
     mbar_init_fence();
   }
+  block_sync();
+  /* The first copies wait for nothing else. */
+  if (warp_id() == kWarps) {
+    produce(p, sh);
+    return;
+  }
+  constexpr uint32_t kOthers = kThreads - 32;
+  const uint32_t other = tid_x() < kConsumers ? tid_x() : tid_x() - 32;
+  list_rows(sh.of_width, p.width, p.rows_width, other, kOthers);
+  list_rows(sh.of_mlp, p.mlp_width, p.rows_mlp, other, kOthers);
+  list_rows(sh.of_token, p.token_dim, p.rows_token, other, kOthers);
   const Share rows = share(p.width, p.rows_width);
-  for (uint32_t i = tid_x(); i < rows.count * up_step(p.token_dim); i += kThreads) {
+  for (uint32_t i = other; i < rows.count * up_step(p.token_dim); i += kOthers) {
     const uint32_t r = i / up_step(p.token_dim), k = i % up_step(p.token_dim);
     const bf16* from = ptr<const bf16>(p.w_in) + static_cast<size_t>(rows.first + r) * p.token_dim + k;
     sh.w_in[r * w_in_bytes / 2 + k] = k < p.token_dim ? *from : bf16{0};
   }
   uint64_t* made = &ptr<FlowExchange>(p.exchange)->made;
   Exchange ex = {ptr<v4u>(p.exchange + sizeof(FlowExchange)), static_cast<uint32_t>(poll_relaxed(made)) + 1, true};
-  block_sync();
-  if (warp_id() == kWarps) {
-    produce(p, sh);
-    return;
-  }
+  bar_sync(2, kOthers);
   if (warp_id() == kWarps + 1) {
     send_all(p, sh, ex);
     return;
