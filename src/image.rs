@@ -10,6 +10,7 @@ mod prepare;
 mod read;
 mod resize;
 
+pub use atomic::check_destination;
 pub use prepare::{BUCKETS, ResizeMode, nearest_bucket, prepare};
 pub use read::{ImageLimits, load_image};
 

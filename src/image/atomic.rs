@@ -34,6 +34,13 @@ pub(crate) fn write_atomically(
     Ok(())
 }
 
+/// Says before long work that the file could not be written after it: makes a temporary file where the writing would make
+/// one, and removes it. What is there already is not touched.
+pub fn check_destination(path: &Path) -> Result<()> {
+    let check = || create_beside(&destination(path)?).map(drop);
+    check().map_err(Error::io(path))
+}
+
 /// Where the file is to appear, links resolved.
 fn destination(path: &Path) -> io::Result<PathBuf> {
     if path.file_name().is_none() {

@@ -2,6 +2,7 @@
 
 use crate::args::{DeviceArgs, Precision};
 use crate::kernels_bench::KernelsBench;
+use crate::outputs::check_output;
 use anyhow::{Result, bail};
 use clap::{Args, Subcommand};
 use std::path::PathBuf;
@@ -149,6 +150,9 @@ impl Conformance {
         if self.list {
             conformance::UNITS.iter().for_each(|unit| println!("{}", unit.name));
             return Ok(ExitCode::SUCCESS);
+        }
+        if let Some(path) = &self.out {
+            check_output(path)?;
         }
         let device = self.device.open()?;
         let kept = self.against.as_deref().map(Outputs::load).transpose()?;

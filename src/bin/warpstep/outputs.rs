@@ -1,19 +1,12 @@
 //! Files that a command writes: their names, checked before the work begins.
 
-use anyhow::{Context, Result, bail};
+use anyhow::Result;
 use std::path::{Path, PathBuf};
+use warpstep::image::check_destination;
 
 /// Says before the work, not after it, that the file could not be written.
 pub fn check_output(path: &Path) -> Result<()> {
-    if path.is_dir() {
-        bail!("{} is a folder; expected the name of a file", path.display());
-    }
-    let parent = path.parent().filter(|p| !p.as_os_str().is_empty()).unwrap_or(Path::new("."));
-    let info = std::fs::metadata(parent).with_context(|| format!("folder {}", parent.display()))?;
-    if !info.is_dir() {
-        bail!("{} is not a folder", parent.display());
-    }
-    Ok(())
+    Ok(check_destination(path)?)
 }
 
 /// `out.png` for one image, `out-3.png` for the fourth of several.
