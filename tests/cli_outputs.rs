@@ -50,7 +50,9 @@ fn a_folder_that_takes_no_file_is_found_out_before_the_work_and_a_test_leaves_no
     for (path, expected) in [
         (unwritable.as_path(), "cannot write into directory"),
         (&dir.path().join("missing/x.png"), "missing: No such file or directory"),
-        (&dir.path().join(""), "is a directory"),
+        (&dir.path().join(""), "names a directory"),
+        (&dir.path().join("new/"), "names a directory"),
+        (dir.path(), "is a directory"),
         (Path::new("/dev/null"), "no regular file"),
     ] {
         let path = path.to_str().unwrap();
@@ -65,4 +67,85 @@ fn a_folder_that_takes_no_file_is_found_out_before_the_work_and_a_test_leaves_no
         assert!(message.contains(expected), "{message}");
     }
     assert!(names(dir.path()).is_empty(), "{:?}", names(dir.path()));
+}
+
+#[test]
+fn two_outputs_of_one_name_are_refused_whatever_the_name_looks_like() {
+    let dir = tempfile::tempdir().unwrap();
+    let name = |name: &str| dir.path().join(name).to_str().unwrap().to_owned();
+    let (out, again) = (name("out.png"), name("./out.png"));
+    std::fs::write(dir.path().join("two.txt"), "a circle\na star\n").unwrap();
+    std::os::unix::fs::symlink(name("linked.png"), name("link.png")).unwrap();
+    std::fs::write(name("linked.png"), "old").unwrap();
+    let prompts = ["generate", "--prompts", &name("two.txt"), "--size=32x16", "--steps=2", "-o"];
+    let refuse = |arguments: &[&[&str]]| {
+        let message = refused(2, &arguments.concat());
+        assert!(message.contains("is the name of another output too"), "{message}");
+    };
+    refuse(&[&QUICK, &[&out, "--preview", &again]]);
+    refuse(&[&QUICK, &[&out, "--save-tokens", &out]]);
+    refuse(&[
+        &QUICK,
+        &[&out, "-n2", "--preview", &name("preview-1.png"), "--save-tokens", &name("out-0.png")],
+    ]);
+    refuse(&[&QUICK, &[&out, "-n2", "--save-tokens", &name("out-1.png")]]);
+    refuse(&[&QUICK, &[&name("link.png"), "--preview", &name("linked.png")]]);
+    refuse(&[&prompts, &[&out, "--preview", &name("out-1.png")]]);
+    refuse(&[&prompts, &[&out, "--save-tokens", &out]]);
+    let message = refused(2, &[&prompts[..], &[&out, "--preview", &name("two.txt")]].concat());
+    assert!(message.contains("is read by this command too"), "{message}");
+    assert_eq!(names(dir.path()), ["link.png", "linked.png", "two.txt"]);
+
+    // A later picture is not replaced before it is read.
+    for name in ["a.png", "out-0.png"] {
+        let picture = warpstep::image::RgbImage::new(16, 16, vec![9; 16 * 16 * 3]).unwrap();
+        warpstep::image::write_png(&dir.path().join(name), &picture, None).unwrap();
+    }
+    let message = refused(2, &["reconstruct", &name("a.png"), &name("out-0.png"), "-o", &out]);
+    assert!(message.contains("is read by this command too"), "{message}");
+}
+
+#[test]
+fn tokens_get_the_ending_of_their_format() {
+    let dir = tempfile::tempdir().unwrap();
+    let name = |name: &str| dir.path().join(name).to_str().unwrap().to_owned();
+    std::fs::write(dir.path().join("p.txt"), "a circle\n").unwrap();
+    let made = warpstep(&[&QUICK[..], &[&name("x"), "--save-tokens", &name("x")]].concat());
+    assert!(made.status.success(), "{}", text(&made.stderr));
+    let prompts = ["generate", "--prompts", &name("p.txt"), "--size=32x16", "--steps=2", "--sm-count=4"];
+    let files = ["-o", &name("y.png"), "--save-tokens", &name("y")];
+    let made = warpstep(&[&prompts[..], &files].concat());
+    assert!(made.status.success(), "{}", text(&made.stderr));
+    assert_eq!(names(dir.path()), ["p.txt", "x", "x.safetensors", "y-0.png", "y-0.safetensors"]);
+    // Its own tokens are not what a decoded picture may replace.
+    let message =
+        refused(2, &["generate", "--from-tokens", &name("x.safetensors"), "-o", &name("x.safetensors")]);
+    assert!(message.contains("is read by this command too"), "{message}");
+}
+
+#[test]
+fn a_bad_request_is_refused_before_weights_are_read() {
+    let dir = tempfile::tempdir().unwrap();
+    let name = |name: &str| dir.path().join(name).to_str().unwrap().to_owned();
+    let picture = warpstep::image::RgbImage::new(16, 17, vec![9; 16 * 17 * 3]).unwrap();
+    warpstep::image::write_png(&dir.path().join("odd.png"), &picture, None).unwrap();
+    let long = "word ".repeat(20_000);
+    for (arguments, expected) in [
+        (&["generate", "x", "--size", "17x16"][..], "multiple of 16"),
+        (&["generate", &long], "prompt"),
+        (&["generate", "x", "--think", "--think-tokens", "0"], "max_tokens"),
+        (&["generate", "x", "--think", "--think-temperature", "-1"], "temperature"),
+        (&["complete", &long], "prompt"),
+        (&["complete", "x", "--image", &name("odd.png")], "images"),
+        (&["edit", &name("odd.png"), "x"], "images"),
+        (&["reconstruct", &name("odd.png")], "images"),
+    ] {
+        // So many threads are refused by the load: whoever hears of the request was not kept waiting for one.
+        let message = refused(2, &[arguments, &["--load-threads", "300", "--sm-count", "4"]].concat());
+        assert!(message.contains(expected), "{message}");
+    }
+    assert!(
+        refused(2, &["generate", "x", "--load-threads", "300", "-o", &name("x.png")])
+            .contains("load_threads")
+    );
 }

@@ -46,6 +46,9 @@ fn destination(path: &Path) -> io::Result<PathBuf> {
     if path.file_name().is_none() {
         return Err(io::Error::new(ErrorKind::InvalidInput, "names no file"));
     }
+    if path.as_os_str().as_encoded_bytes().ends_with(b"/") {
+        return Err(io::Error::new(ErrorKind::IsADirectory, "names a directory, expected a file name"));
+    }
     let is_link = fs::symlink_metadata(path).is_ok_and(|metadata| metadata.is_symlink());
     let destination = if is_link { fs::canonicalize(path)? } else { path.to_path_buf() };
     match fs::metadata(&destination) {

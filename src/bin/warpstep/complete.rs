@@ -11,7 +11,7 @@ use std::path::PathBuf;
 use std::process::ExitCode;
 use std::sync::Arc;
 use warpstep::Error;
-use warpstep::engine::{EngineOptions, ModelSource};
+use warpstep::engine::{Engine, EngineOptions, ModelSource};
 use warpstep::event::{CancelToken, Control, Event};
 use warpstep::text::{RandomSampling, TextEnd, TextRequest, TextSampling};
 
@@ -142,8 +142,11 @@ impl Complete {
             text: true,
             ..self.loading.options()
         };
-        let engine = Arc::new(load(&source, self.device.open()?, options)?);
-        let plan = engine.plan_text(&request)?;
+        let device = self.device.open()?;
+        // What is wrong with the request is said before weights are read, which may take minutes.
+        let plan = Engine::for_planning(&source, device.info().sm_count, options.clone())?;
+        let plan = plan.plan_text(&request)?;
+        let engine = Arc::new(load(&source, device, options)?);
         let how = match &request.sampling {
             TextSampling::Greedy => "greedy".to_owned(),
             TextSampling::Random(r) => {

@@ -21,6 +21,7 @@ use warpstep::Error;
 ///   warpstep edit circle.png --prompts instructions.txt -o out.png        # out-0.png, out-1.png, ...
 #[derive(Args)]
 #[command(
+    allow_negative_numbers = true,
     override_usage = "warpstep edit [OPTIONS] <IMAGE>... <PROMPT>\n       warpstep edit [OPTIONS] <IMAGE>... --prompts <FILE>"
 )]
 pub struct Edit {

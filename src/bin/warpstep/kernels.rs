@@ -2,7 +2,7 @@
 
 use crate::args::{DeviceArgs, Precision};
 use crate::kernels_bench::KernelsBench;
-use crate::outputs::check_output;
+use crate::outputs::OutputFiles;
 use anyhow::{Result, bail};
 use clap::{Args, Subcommand};
 use std::path::PathBuf;
@@ -151,9 +151,9 @@ impl Conformance {
             conformance::UNITS.iter().for_each(|unit| println!("{}", unit.name));
             return Ok(ExitCode::SUCCESS);
         }
-        if let Some(path) = &self.out {
-            check_output(path)?;
-        }
+        let mut files = OutputFiles::default();
+        files.add("out", &self.out);
+        files.check(&self.against)?;
         let device = self.device.open()?;
         let kept = self.against.as_deref().map(Outputs::load).transpose()?;
         let only = self.unit.as_deref().map(conformance::find).transpose()?;

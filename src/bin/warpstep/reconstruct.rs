@@ -2,17 +2,17 @@
 
 use crate::args::{DeviceArgs, Precision};
 use crate::loading::{LoadArgs, load};
-use crate::outputs::{check_output, numbered};
+use crate::outputs::{OutputFiles, numbered};
 use crate::picture::{PictureArgs, expand_folders, read_picture};
 use anyhow::{Context, Result};
 use clap::Args;
 use std::path::PathBuf;
 use std::process::ExitCode;
 use std::sync::Arc;
-use warpstep::engine::{EngineOptions, ModelSource};
+use warpstep::engine::{Engine, EngineOptions, ModelSource};
 use warpstep::image::write_png;
 use warpstep::metrics::{psnr, ssim};
-use warpstep::reconstruct::{ChannelStats, LatentNoise, reconstruct};
+use warpstep::reconstruct::{ChannelStats, LatentNoise, plan_reconstruction, reconstruct};
 
 /// Encode and decode pictures; print PSNR and SSIM (11x11 Gaussian window), and the latents' statistics.
 ///
@@ -80,7 +80,6 @@ struct Row {
 impl Reconstruct {
     /// Runs the verb.
     pub fn run(self) -> Result<ExitCode> {
-        check_output(&self.output)?;
         let source = match &self.model {
             Some(dir) => ModelSource::Dir(dir.clone()),
             None => ModelSource::Demo,
@@ -91,15 +90,29 @@ impl Reconstruct {
             kernels: self.device.selection()?,
             ..self.loading.options()
         };
-        let engine = Arc::new(load(&source, self.device.open()?, options)?);
         let noise = LatentNoise { sigma: self.noise, seed: self.seed };
         let images = expand_folders(&self.images)?;
+        let read = |path: &PathBuf| read_picture(path, self.pictures.resize);
+        let about = |path: &PathBuf| format!("picture {}", path.display());
+        let device = self.device.open()?;
+        // What is wrong with a picture is said before weights are read, which may take minutes, and before the first
+        // one's work. Pictures are read again later: a folder of them need not fit the memory.
+        let engine = Engine::for_planning(&source, device.info().sm_count, options.clone())?;
+        for path in &images {
+            let image = read(path).with_context(|| about(path))?;
+            plan_reconstruction(&engine, &image, noise).with_context(|| about(path))?;
+        }
+        let file = |index| numbered(&self.output, index, images.len());
+        let mut files = OutputFiles::default();
+        files.add("output", &(0..images.len()).map(file).collect::<Vec<_>>());
+        files.check(&images)?;
+        let engine = Arc::new(load(&source, device, options)?);
         let mut rows = Vec::new();
         for (index, path) in images.iter().enumerate() {
-            let about = || format!("picture {}", path.display());
-            let image = read_picture(path, self.pictures.resize).with_context(about)?;
+            let about = || about(path);
+            let image = read(path).with_context(about)?;
             let made = reconstruct(&engine, &image, noise).with_context(about)?;
-            let file = numbered(&self.output, index, images.len());
+            let file = file(index);
             write_png(&file, &made.image, None)?;
             eprintln!("wrote {}", file.display());
             rows.push(Row {

@@ -97,17 +97,15 @@ impl ThinkArgs {
         }
     }
 
-    /// Lets the model write to the caption of `picture`, shows it, and makes it the caption to draw; `None` where it
-    /// was not asked to.
-    pub fn apply(
-        &self,
-        engine: &Engine,
-        session: &mut Session,
-        picture: &mut GenerateRequest,
-    ) -> Result<Option<Thought>> {
-        let Some(opening) = self.opening() else { return Ok(None) };
-        // A request that will be refused is refused before anything is written.
-        engine.plan(picture)?;
+    /// Checks what the model would be asked to write to the caption of `picture`.
+    pub fn plan(&self, engine: &Engine, picture: &GenerateRequest) -> Result<()> {
+        if let Some(opening) = self.opening() {
+            engine.plan_text(&self.request(opening, picture))?;
+        }
+        Ok(())
+    }
+
+    fn request(&self, opening: Opening, picture: &GenerateRequest) -> TextRequest {
         let mut request = TextRequest::new(&picture.prompt);
         request.images = picture.images.clone();
         request.max_tokens = self.think_tokens;
@@ -117,6 +115,14 @@ impl ThinkArgs {
             let random = RandomSampling { temperature, ..RandomSampling::default() };
             request.sampling = TextSampling::Random(random);
         }
+        request
+    }
+
+    /// Lets the model write to the caption of `picture`, shows it, and makes it the caption to draw; `None` where it
+    /// was not asked to.
+    pub fn apply(&self, session: &mut Session, picture: &mut GenerateRequest) -> Result<Option<Thought>> {
+        let Some(opening) = self.opening() else { return Ok(None) };
+        let request = self.request(opening, picture);
         let [begin, end] = opening.marks();
         eprint!("{begin}");
         let made = session.complete(&request, &CancelToken::new(), &mut |event| {
