@@ -149,3 +149,62 @@ fn a_bad_request_is_refused_before_weights_are_read() {
             .contains("load_threads")
     );
 }
+
+/// The program with its streams as a shell's redirections leave them: `{}` in `redirected` is the program's own command.
+fn in_shell(redirected: &str, arguments: &[&str]) -> Output {
+    let script = redirected.replace("{}", "\"$0\" \"$@\"");
+    Command::new("bash")
+        .args(["-o", "pipefail", "-c", &script, env!("CARGO_BIN_EXE_warpstep")])
+        .args(arguments)
+        .env("RUST_BACKTRACE", "1")
+        .output()
+        .unwrap()
+}
+
+#[test]
+fn a_stdout_that_nobody_reads_ends_the_program_in_silence_and_a_full_one_with_an_error() {
+    let dir = tempfile::tempdir().unwrap();
+    let picture = dir.path().join("x.png");
+    let picture = picture.to_str().unwrap();
+    for arguments in [
+        &["--help"][..],
+        &["doctor"],
+        &["doctor", "--json"],
+        &["kernels", "list"],
+        &["kernels", "test", "--op", "to_rgb8", "--scale", "small"],
+        &["kernels", "conformance", "--list"],
+        &["bench", "--derive"],
+        &["complete", "a", "--max-tokens", "2"],
+        &[&QUICK[..], &[picture, "--json"]].concat(),
+        &[&QUICK[..], &[picture, "--plan"]].concat(),
+        &["inspect", picture],
+    ] {
+        let full = in_shell("{} >/dev/full", arguments);
+        let message = text(&full.stderr);
+        assert_eq!(full.status.code(), Some(1), "{arguments:?}: {message}");
+        let last = message.lines().last().unwrap_or_default();
+        assert!(last.starts_with("error: stdout: No space left on device"), "{arguments:?}: {message}");
+        assert!(!message.contains("panicked"), "{arguments:?}: {message}");
+        // Nobody has the other end from the beginning.
+        let closed = in_shell("exec 3> >(:); wait $!; {} >&3", arguments);
+        let message = text(&closed.stderr);
+        assert_eq!(closed.status.code(), Some(0), "{arguments:?}: {message}");
+        assert!(!message.contains("panicked") && !message.contains("error:"), "{arguments:?}: {message}");
+    }
+    // A reader that goes away in between.
+    let output = in_shell("{} | head -n 1", &["kernels", "list"]);
+    assert!(output.status.success() && output.stderr.is_empty(), "{}", text(&output.stderr));
+}
+
+#[test]
+fn a_picture_is_made_whether_or_not_anybody_reads_of_its_progress() {
+    let dir = tempfile::tempdir().unwrap();
+    for (index, streams) in
+        ["{} 2>/dev/full", "exec 3> >(:); wait $!; {} 2>&3", "{} 2>&-", "{} 2>&- >&-"].iter().enumerate()
+    {
+        let picture = dir.path().join(format!("{index}.png"));
+        let think = ["--think", "--think-tokens", "2"];
+        let made = in_shell(streams, &[&QUICK[..], &[picture.to_str().unwrap()], &think].concat());
+        assert!(made.status.success() && picture.is_file(), "{streams}: {made:?}");
+    }
+}

@@ -5,7 +5,6 @@ use crate::loading::{LoadArgs, load};
 use crate::picture::{PictureArgs, read_picture};
 use anyhow::{Context, Result};
 use clap::Args;
-use std::io::Write;
 use std::num::NonZeroU32;
 use std::path::PathBuf;
 use std::process::ExitCode;
@@ -164,35 +163,21 @@ impl Complete {
             plan.weight_bytes as f64 / 1e6,
             (plan.cache_bytes + plan.activation_bytes) as f64 / 1e6
         );
-        let mut stdout = std::io::stdout().lock();
-        let mut unwritten = None;
-        let result = engine.session().complete(&request, &CancelToken::new(), &mut |event| {
+        let made = engine.session().complete(&request, &CancelToken::new(), &mut |event| {
             if let (Event::Text { piece, .. }, false) = (event, self.json) {
-                let written = stdout.write_all(piece.as_bytes()).and_then(|()| stdout.flush());
-                if let Err(error) = written {
-                    unwritten = Some(error);
-                    return Control::Stop;
-                }
+                print!("{piece}");
             }
             Control::Continue
-        });
-        if let Some(error) = unwritten {
-            // The reader has seen enough, as in `warpstep complete ... | head -c 20`.
-            return match error.kind() {
-                std::io::ErrorKind::BrokenPipe => Ok(ExitCode::SUCCESS),
-                _ => Err(error.into()),
-            };
-        }
-        let made = result?;
+        })?;
         if self.json {
             let value = serde_json::json!({
                 "prompt": request.prompt, "text": made.text, "ids": made.ids, "end": made.end,
                 "sampling": request.sampling, "seed": request.seed, "plan": made.plan, "timings": made.timings,
                 "device": engine.device_info().name,
             });
-            writeln!(stdout, "{value}")?;
+            println!("{value}");
         } else {
-            writeln!(stdout)?;
+            println!();
         }
         let end = match &made.end {
             TextEnd::Token(token) => format!("ended at {token}"),

@@ -3,7 +3,6 @@
 use anyhow::Result;
 use clap::Args;
 use serde::Serialize;
-use std::io::Write;
 use warpstep::Error;
 use warpstep::engine::Engine;
 use warpstep::event::{CancelToken, Control, Event};
@@ -127,8 +126,7 @@ impl ThinkArgs {
         eprint!("{begin}");
         let made = session.complete(&request, &CancelToken::new(), &mut |event| {
             if let Event::Text { piece, .. } = event {
-                // Only shown: a closed stderr does not stop the picture.
-                let _ = write!(std::io::stderr(), "{piece}");
+                eprint!("{piece}");
             }
             Control::Continue
         });
