@@ -70,7 +70,7 @@ fn images_of_the_wrong_length_are_refused() {
 /// Error kind and message of a failed write.
 fn io_error(result: Result<()>) -> (io::ErrorKind, String) {
     match result {
-        Err(Error::Io { path, source }) => (source.kind(), format!("{}: {source}", path.display())),
+        Err(Error::Io { path, cause }) => (cause.kind(), format!("{}: {cause}", path.display())),
         other => panic!("{other:?}"),
     }
 }
@@ -134,7 +134,7 @@ fn a_write_that_fails_half_way_leaves_the_old_file_and_nothing_else() {
         // More than the buffer, so that bytes have reached the file.
         out.write_all(&[7; 100_000]).unwrap();
         assert_eq!(names(dir.path()).len(), 2);
-        Err(Error::Io { path: path.clone(), source: io::ErrorKind::StorageFull.into() })
+        Err(Error::Io { path: path.clone(), cause: io::ErrorKind::StorageFull.into() })
     });
     assert_eq!(io_error(failed).0, io::ErrorKind::StorageFull);
     assert_eq!((names(dir.path()), std::fs::read(&path).unwrap()), (vec!["a.png".into()], b"old".to_vec()));

@@ -3,7 +3,7 @@
 use crate::args::{DeviceArgs, Precision};
 use crate::loading::{LoadArgs, load};
 use crate::picture::{PictureArgs, read_picture};
-use anyhow::{Context, Result};
+use anyhow::Result;
 use clap::Args;
 use std::num::NonZeroU32;
 use std::path::PathBuf;
@@ -116,14 +116,8 @@ impl Complete {
             return Err(Error::request("seed", reason).into());
         }
         let mut request = TextRequest::new(&self.prompt);
-        request.images = self
-            .images
-            .iter()
-            .map(|path| {
-                read_picture(path, self.pictures.resize)
-                    .with_context(|| format!("picture {}", path.display()))
-            })
-            .collect::<Result<_>>()?;
+        request.images =
+            self.images.iter().map(|path| read_picture(path, self.pictures.resize)).collect::<Result<_>>()?;
         if self.pictures.resize.is_some() && self.images.is_empty() {
             return Err(Error::request("resize", "has no effect without --image").into());
         }

@@ -2,7 +2,7 @@
 
 use crate::generate::{EditInput, Options};
 use crate::picture::{PictureArgs, read_picture};
-use anyhow::{Context, Result};
+use anyhow::Result;
 use clap::Args;
 use std::ffi::OsString;
 use std::path::Path;
@@ -54,10 +54,7 @@ impl Edit {
         }
         let prompt = prompt.map(|text| text.into_string());
         let prompt = prompt.transpose().map_err(|_| Error::request("prompt", "is not UTF-8"))?;
-        let read = |path: &OsString| {
-            let path = Path::new(path);
-            read_picture(path, self.pictures.resize).with_context(|| format!("picture {}", path.display()))
-        };
+        let read = |path: &OsString| read_picture(Path::new(path), self.pictures.resize);
         let images = self.arguments.iter().map(read).collect::<Result<_>>()?;
         self.options.run(prompt, Some(EditInput { images, cfg_img: self.cfg_img }))
     }
