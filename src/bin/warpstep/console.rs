@@ -30,6 +30,21 @@ pub fn err(text: Arguments<'_>) {
     let _ = std::io::stderr().lock().write_fmt(text);
 }
 
+/// Text of a file or a model, with what could move a terminal's cursor or hide other text escaped. Lines stay lines.
+pub fn printable(text: &str) -> String {
+    let mut shown = String::with_capacity(text.len());
+    for c in text.chars() {
+        let hidden = matches!(c, '\u{200b}' | '\u{200e}'..='\u{200f}' | '\u{2028}'..='\u{202e}'
+            | '\u{2060}'..='\u{206f}' | '\u{feff}');
+        match c {
+            '\n' | '\t' => shown.push(c),
+            _ if hidden || c.is_control() => shown.extend(c.escape_unicode()),
+            _ => shown.push(c),
+        }
+    }
+    shown
+}
+
 macro_rules! print {
     ($($text:tt)*) => { $crate::console::out(format_args!($($text)*)) };
 }
@@ -46,4 +61,16 @@ macro_rules! eprint {
 macro_rules! eprintln {
     () => { $crate::console::err(format_args!("\n")) };
     ($($text:tt)*) => { $crate::console::err(format_args!("{}\n", format_args!($($text)*))) };
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn text_of_others_moves_no_cursor() {
+        assert_eq!(printable("a\nb\tc \"é\" \\ 🐈"), "a\nb\tc \"é\" \\ 🐈");
+        assert_eq!(printable("\u{1b}[2J\r\u{9b}"), "\\u{1b}[2J\\u{d}\\u{9b}");
+        assert_eq!(printable("\u{202e}x"), "\\u{202e}x");
+    }
 }

@@ -1,5 +1,6 @@
 //! `--think` and `--refine`: the model writes before it draws.
 
+use crate::console::printable;
 use anyhow::Result;
 use clap::Args;
 use serde::Serialize;
@@ -31,7 +32,7 @@ pub struct ThinkArgs {
     #[arg(long, value_name = "N", requires = "writing", default_value_t = 256)]
     think_tokens: u32,
 
-    /// Draw what is written instead of taking the most probable token: see `warpstep complete --help`.
+    /// Draw what is written instead of taking the most probable token, unless it is 0: see `warpstep complete --help`.
     #[arg(long, value_name = "F", requires = "writing")]
     think_temperature: Option<f64>,
 }
@@ -80,6 +81,11 @@ impl ThinkArgs {
         }
     }
 
+    /// What the text is drawn with; none where it is greedy, as at temperature 0.
+    fn temperature(&self) -> Option<f64> {
+        self.think_temperature.filter(|&temperature| temperature != 0.0)
+    }
+
     /// Whether the LM head is needed.
     pub fn writes(&self) -> bool {
         self.opening().is_some()
@@ -110,7 +116,7 @@ impl ThinkArgs {
         request.max_tokens = self.think_tokens;
         request.opening = Some(opening);
         request.seed = picture.seed;
-        if let Some(temperature) = self.think_temperature {
+        if let Some(temperature) = self.temperature() {
             let random = RandomSampling { temperature, ..RandomSampling::default() };
             request.sampling = TextSampling::Random(random);
         }
@@ -126,7 +132,7 @@ impl ThinkArgs {
         eprint!("{begin}");
         let made = session.complete(&request, &CancelToken::new(), &mut |event| {
             if let Event::Text { piece, .. } = event {
-                eprint!("{piece}");
+                eprint!("{}", printable(piece));
             }
             Control::Continue
         });
@@ -143,7 +149,7 @@ impl ThinkArgs {
             text: made.text,
             template,
             end: made.end,
-            temperature: self.think_temperature,
+            temperature: self.temperature(),
         }))
     }
 }
