@@ -510,10 +510,13 @@ impl Options {
         index: u32,
     ) -> Metadata {
         let alone = request.single(index);
+        let device = engine.device_info();
         let mut json = serde_json::json!({
             "version": env!("CARGO_PKG_VERSION"),
             "model": engine.name(),
-            "device": engine.device_info().name,
+            "device": device.name,
+            // Sums are split among so many, and rounded where they are.
+            "sm_count": device.sm_count,
             "emulator": build_kind(),
             "precision": format!("{:?}", self.precision).to_lowercase(),
             "kernels": self.device.kernels,
