@@ -69,12 +69,37 @@ impl DeviceArgs {
             (DeviceChoice::Auto, None) => match gpu(0) {
                 Ok(device) => Ok(Arc::new(device)),
                 Err(error @ Error::NoDevice(_)) => {
+                    self.refuse_gpu_options(&format!("is for a GPU; {error}"))?;
                     eprintln!("{error}; using the emulated device");
                     self.emulated()
                 }
                 Err(error) => Err(error.into()),
             },
-            (DeviceChoice::Auto, Some(_)) | (DeviceChoice::Emulated, _) => self.emulated(),
+            (DeviceChoice::Auto, Some(_)) | (DeviceChoice::Emulated, _) => {
+                self.refuse_gpu_options("is for a GPU; the emulated device was asked for")?;
+                self.emulated()
+            }
+        }
+    }
+
+    /// Refuses what has no effect on the emulated device.
+    fn refuse_gpu_options(&self, reason: &str) -> Result<()> {
+        let given = [
+            ("cubins", self.cubins.is_some()),
+            ("no-dependent-launch", self.no_dependent_launch),
+            ("shared-carveout", self.shared_carveout.is_some()),
+        ];
+        match given.into_iter().find(|(_, given)| *given) {
+            Some((option, _)) => Err(Error::request(option, reason).into()),
+            None => Ok(()),
+        }
+    }
+
+    /// Refuses --kernel where every variant has its turn.
+    pub fn refuse_kernels(&self, reason: &str) -> Result<()> {
+        match self.kernels.first() {
+            Some(kernel) => Err(Error::request("kernel", format!("{kernel}: {reason}")).into()),
+            None => Ok(()),
         }
     }
 

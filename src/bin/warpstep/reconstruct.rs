@@ -9,6 +9,7 @@ use clap::Args;
 use std::path::PathBuf;
 use std::process::ExitCode;
 use std::sync::Arc;
+use warpstep::Error;
 use warpstep::engine::{Engine, EngineOptions, ModelSource};
 use warpstep::image::write_png;
 use warpstep::metrics::{psnr, ssim};
@@ -33,9 +34,9 @@ pub struct Reconstruct {
     #[arg(long, value_name = "SIGMA", default_value_t = 0.0)]
     noise: f32,
 
-    /// Seed of that noise.
-    #[arg(long, value_name = "U64", default_value_t = 0)]
-    seed: u64,
+    /// Seed of that noise [default: 0].
+    #[arg(long, value_name = "U64")]
+    seed: Option<u64>,
 
     /// Checkpoint folder in the official layout [default: the demo model inside this program].
     #[arg(long, value_name = "DIR")]
@@ -80,6 +81,9 @@ struct Row {
 impl Reconstruct {
     /// Runs the verb.
     pub fn run(self) -> Result<ExitCode> {
+        if self.seed.is_some() && self.noise == 0.0 {
+            return Err(Error::request("seed", "has no effect without --noise").into());
+        }
         let source = match &self.model {
             Some(dir) => ModelSource::Dir(dir.clone()),
             None => ModelSource::Demo,
@@ -90,7 +94,7 @@ impl Reconstruct {
             kernels: self.device.selection()?,
             ..self.loading.options()
         };
-        let noise = LatentNoise { sigma: self.noise, seed: self.seed };
+        let noise = LatentNoise { sigma: self.noise, seed: self.seed.unwrap_or(0) };
         let images = expand_folders(&self.images)?;
         let read = |path: &PathBuf| read_picture(path, self.pictures.resize);
         let about = |path: &PathBuf| format!("picture {}", path.display());
@@ -99,7 +103,7 @@ impl Reconstruct {
         // one's work. Pictures are read again later: a folder of them need not fit the memory.
         let engine = Engine::for_planning(&source, device.info().sm_count, options.clone())?;
         for path in &images {
-            let image = read(path).with_context(|| about(path))?;
+            let image = read(path)?;
             plan_reconstruction(&engine, &image, noise).with_context(|| about(path))?;
         }
         let file = |index| numbered(&self.output, index, images.len());
@@ -109,9 +113,8 @@ impl Reconstruct {
         let engine = Arc::new(load(&source, device, options)?);
         let mut rows = Vec::new();
         for (index, path) in images.iter().enumerate() {
-            let about = || about(path);
-            let image = read(path).with_context(about)?;
-            let made = reconstruct(&engine, &image, noise).with_context(about)?;
+            let image = read(path)?;
+            let made = reconstruct(&engine, &image, noise).with_context(|| about(path))?;
             let file = file(index);
             write_png(&file, &made.image, None)?;
             eprintln!("wrote {}", file.display());
