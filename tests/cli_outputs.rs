@@ -70,6 +70,18 @@ fn a_folder_that_takes_no_file_is_found_out_before_the_work_and_a_test_leaves_no
 }
 
 #[test]
+fn a_write_protected_file_is_kept() {
+    use std::os::unix::fs::PermissionsExt;
+    let dir = tempfile::tempdir().unwrap();
+    let path = dir.path().join("x.png");
+    std::fs::write(&path, "old").unwrap();
+    std::fs::set_permissions(&path, std::fs::Permissions::from_mode(0o444)).unwrap();
+    let message = refused(1, &[&QUICK[..], &[path.to_str().unwrap()]].concat());
+    assert!(message.contains("write-protected"), "{message}");
+    assert_eq!(std::fs::read(&path).unwrap(), b"old");
+}
+
+#[test]
 fn two_outputs_of_one_name_are_refused_whatever_the_name_looks_like() {
     let dir = tempfile::tempdir().unwrap();
     let name = |name: &str| dir.path().join(name).to_str().unwrap().to_owned();
@@ -103,6 +115,38 @@ fn two_outputs_of_one_name_are_refused_whatever_the_name_looks_like() {
     }
     let message = refused(2, &["reconstruct", &name("a.png"), &name("out-0.png"), "-o", &out]);
     assert!(message.contains("is read by this command too"), "{message}");
+}
+
+#[test]
+fn pictures_of_two_cases_of_one_name_are_refused() {
+    let dir = tempfile::tempdir().unwrap();
+    let folder = dir.path().join("new");
+    let verify = |folder: &Path| {
+        ["verify", "a/x.bin", "b/x.bin", "--pictures", folder.to_str().unwrap()].map(str::to_owned)
+    };
+    let message = refused(2, &verify(&folder).each_ref().map(String::as_str));
+    assert!(message.contains("x.png is the name of another output too"), "{message}");
+    refused(1, &verify("/proc/self".as_ref()).each_ref().map(String::as_str));
+}
+
+/// Such a name is no JSON.
+#[test]
+fn a_name_that_is_not_utf8_is_written_and_told() {
+    use std::os::unix::ffi::OsStrExt;
+    let dir = tempfile::tempdir().unwrap();
+    let file = dir.path().join(std::ffi::OsStr::from_bytes(b"\xff.png"));
+    let made =
+        Command::new(env!("CARGO_BIN_EXE_warpstep")).args(QUICK).arg(&file).arg("--json").output().unwrap();
+    assert!(made.status.success() && file.is_file(), "{}", text(&made.stderr));
+    let json: serde_json::Value = serde_json::from_slice(&made.stdout).unwrap();
+    assert!(json["files"][0].as_str().unwrap().ends_with("\u{fffd}.png"), "{json}");
+    let out = dir.path().join("r.png");
+    let made = Command::new(env!("CARGO_BIN_EXE_warpstep"))
+        .args(["reconstruct", "--json", "-o"])
+        .args([&out, &file])
+        .output()
+        .unwrap();
+    assert!(made.status.success() && !made.stdout.is_empty(), "{}", text(&made.stderr));
 }
 
 #[test]

@@ -10,8 +10,8 @@ use std::sync::atomic::{AtomicU64, Ordering};
 static COUNTER: AtomicU64 = AtomicU64::new(0);
 
 /// Lets `write` fill a temporary file in the destination's directory, flushes it to the disk and renames it. On any
-/// error the destination is untouched and the temporary file is gone. A symbolic link is written through; a directory,
-/// device or pipe is refused, because the rename would replace it.
+/// error the destination is untouched and the temporary file is gone. A symbolic link is written through. A directory,
+/// device or pipe is refused, because the rename would replace it, and so is a file that could not be written.
 pub(crate) fn write_atomically(
     path: &Path,
     write: impl FnOnce(&mut BufWriter<File>) -> Result<()>,
@@ -58,6 +58,11 @@ fn destination(path: &Path) -> io::Result<PathBuf> {
         Ok(metadata) if !metadata.is_file() => {
             Err(io::Error::new(ErrorKind::InvalidInput, "is no regular file and is not replaced"))
         }
+        // The rename asks the directory alone. Whoever took away the right to write meant the file to stay, for root too.
+        Ok(metadata) if metadata.permissions().readonly() => {
+            Err(io::Error::new(ErrorKind::PermissionDenied, "is write-protected and is not replaced"))
+        }
+        Ok(_) => OpenOptions::new().write(true).open(&destination).map(|_| destination),
         _ => Ok(destination),
     }
 }

@@ -103,6 +103,19 @@ fn a_read_only_directory_is_an_error() {
 }
 
 #[test]
+fn a_write_protected_file_is_not_replaced() {
+    use std::os::unix::fs::PermissionsExt;
+    let dir = tempfile::tempdir().unwrap();
+    let path = dir.path().join("a.png");
+    std::fs::write(&path, b"old").unwrap();
+    std::fs::set_permissions(&path, std::fs::Permissions::from_mode(0o444)).unwrap();
+    for result in [check_destination(&path), write_png(&path, &picture(), None)] {
+        assert_eq!(io_error(result).0, io::ErrorKind::PermissionDenied);
+    }
+    assert_eq!((names(dir.path()), std::fs::read(&path).unwrap()), (vec!["a.png".into()], b"old".to_vec()));
+}
+
+#[test]
 fn directories_devices_and_nameless_paths_are_refused() {
     let dir = tempfile::tempdir().unwrap();
     let taken = dir.path().join("a.png");
