@@ -136,6 +136,7 @@ fn usage_errors_exit_with_2_and_say_what_is_known() {
         (&["kernels", "test", "--op", "qkv", "--sm-count", "4", "--case", "nosuch"], "no case"),
         (&["reconstruct", "x.png", "--seed", "1"], "no effect without --noise"),
         (&["inspect", "x.png", "--check-values"], "folder"),
+        (&["generate", "x", "--vae", "vae"], "--model"),
     ] {
         let output = warpstep(arguments);
         let message = text(&output.stderr);

@@ -68,7 +68,7 @@ pub struct Complete {
     model: Option<PathBuf>,
 
     /// VAE folder [default: what config.json names, else vae/ in the model folder].
-    #[arg(long, value_name = "DIR")]
+    #[arg(long, value_name = "DIR", requires = "model")]
     vae: Option<PathBuf>,
 
     /// Element type of weights and activations.

@@ -8,6 +8,7 @@ use crate::think::{ThinkArgs, Thought};
 use anyhow::Result;
 use clap::Args;
 use indicatif::{ProgressBar, ProgressDrawTarget, ProgressStyle};
+use std::borrow::Cow;
 use std::num::NonZeroU32;
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
@@ -69,7 +70,7 @@ pub struct Options {
     model: Option<PathBuf>,
 
     /// VAE folder [default: what config.json names, else vae/ in the model folder].
-    #[arg(long, value_name = "DIR")]
+    #[arg(long, value_name = "DIR", requires = "model")]
     vae: Option<PathBuf>,
 
     /// Picture size in pixels, width first; both must divide by the model's token size (16).
@@ -128,8 +129,8 @@ pub struct Options {
     #[arg(long, value_name = "I")]
     first_image: Option<u32>,
 
-    /// Settings of the official examples instead of the model's defaults.
-    #[arg(long, value_parser = named(Preset::from_name, "t2i, edit"))]
+    /// Settings of the official examples instead of the model's defaults: t2i (text to image), edit.
+    #[arg(long, value_name = "NAME", value_parser = named(Preset::from_name, "t2i, edit"))]
     preset: Option<Preset>,
 
     /// Element type of weights and activations.
@@ -364,10 +365,12 @@ impl Options {
         if let (Some(path), Some(tokens)) = (&job.files.tokens, result.tokens) {
             ImageTokens { notes, ..tokens }.save(path)?;
         }
-        let files: Vec<&PathBuf> = job.files.pictures.iter().chain(&job.files.tokens).collect();
+        // JSON holds no name that is not UTF-8 as it is.
+        let files: Vec<Cow<str>> =
+            job.files.pictures.iter().chain(&job.files.tokens).map(|file| file.to_string_lossy()).collect();
         let t = result.timings;
         progress.suspend(|| {
-            files.iter().for_each(|file| eprintln!("wrote {}", file.display()));
+            files.iter().for_each(|file| eprintln!("wrote {file}"));
             eprintln!(
                 "encode {:.0} ms, prefill {:.0} ms ({} tokens, {} repeated, {} kept), {} tokens in {:.0} ms \
                  ({:.1} tokens/s), VAE {:.0} ms, total {:.2} s",
@@ -419,8 +422,8 @@ impl Options {
         let images = decode_tokens(&engine, &tokens)?;
         let notes = if self.no_metadata { &[][..] } else { &tokens.notes };
         write_pictures(&files.pictures, &images, notes)?;
-        let files = files.pictures;
-        files.iter().for_each(|file| eprintln!("wrote {}", file.display()));
+        let files: Vec<Cow<str>> = files.pictures.iter().map(|file| file.to_string_lossy()).collect();
+        files.iter().for_each(|file| eprintln!("wrote {file}"));
         if self.json {
             let (rows, columns) = tokens.grid;
             println!("{}", serde_json::json!({ "files": files, "rows": rows, "columns": columns }));

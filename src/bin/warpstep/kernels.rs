@@ -38,6 +38,7 @@ pub struct List {
 
 /// Options of `kernels test`.
 #[derive(Args)]
+#[command(mut_arg("kernels", |kernels| kernels.hide(true)))]
 pub struct Test {
     /// Only this op.
     #[arg(long)]
@@ -77,6 +78,7 @@ pub struct Test {
 
 /// Options of `kernels conformance`.
 #[derive(Args)]
+#[command(mut_arg("kernels", |kernels| kernels.hide(true)))]
 pub struct Conformance {
     /// Only this unit.
     #[arg(long)]

@@ -43,7 +43,7 @@ pub struct Reconstruct {
     model: Option<PathBuf>,
 
     /// VAE folder [default: what config.json names, else vae/ in the model folder].
-    #[arg(long, value_name = "DIR")]
+    #[arg(long, value_name = "DIR", requires = "model")]
     vae: Option<PathBuf>,
 
     /// Element type of weights and activations.
@@ -71,8 +71,9 @@ pub struct Reconstruct {
 /// One picture's figures.
 #[derive(serde::Serialize)]
 struct Row {
-    image: PathBuf,
-    file: PathBuf,
+    // JSON holds no name that is not UTF-8 as it is.
+    image: String,
+    file: String,
     psnr_db: f64,
     ssim: f64,
     channels: Vec<ChannelStats>,
@@ -119,8 +120,8 @@ impl Reconstruct {
             write_png(&file, &made.image, None)?;
             eprintln!("wrote {}", file.display());
             rows.push(Row {
-                image: path.clone(),
-                file,
+                image: path.display().to_string(),
+                file: file.display().to_string(),
                 psnr_db: psnr(&image, &made.image)?,
                 ssim: ssim(&image, &made.image)?,
                 channels: made.channels,
@@ -135,10 +136,10 @@ impl Reconstruct {
 }
 
 fn print_table(rows: &[Row]) {
-    let width = rows.iter().map(|row| row.image.display().to_string().len()).max().unwrap_or(0).max(5);
+    let width = rows.iter().map(|row| row.image.chars().count()).max().unwrap_or(0).max(5);
     println!("{:width$}  PSNR dB    SSIM", "image");
     for row in rows {
-        println!("{:width$}  {:7.2}  {:6.4}", row.image.display().to_string(), row.psnr_db, row.ssim);
+        println!("{:width$}  {:7.2}  {:6.4}", row.image, row.psnr_db, row.ssim);
     }
     let mean = |of: &dyn Fn(&Row) -> f64| rows.iter().map(of).sum::<f64>() / rows.len().max(1) as f64;
     if rows.len() > 1 {
