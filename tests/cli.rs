@@ -137,6 +137,8 @@ fn usage_errors_exit_with_2_and_say_what_is_known() {
         (&["reconstruct", "x.png", "--seed", "1"], "no effect without --noise"),
         (&["inspect", "x.png", "--check-values"], "folder"),
         (&["generate", "x", "--vae", "vae"], "--model"),
+        (&["generate", "x", "--sm-count", "4", "-o", "x.JPG"], "as PNG"),
+        (&["generate", "x", "--plan", "--device", "emulated", "--cubins", "."], "cubins"),
     ] {
         let output = warpstep(arguments);
         let message = text(&output.stderr);

@@ -14,6 +14,9 @@ use warpstep::ops::{DType, Selection};
 /// Environment variable with the path of the CUDA driver's library, for machines that keep it elsewhere, and tests.
 const LIBRARY_VARIABLE: &str = "WARPSTEP_CUDA_LIBRARY";
 
+/// Why an option for GPUs is refused.
+const EMULATED_WANTED: &str = "is for a GPU; the emulated device was asked for";
+
 /// What `--device` asks for.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum DeviceChoice {
@@ -76,7 +79,7 @@ impl DeviceArgs {
                 Err(error) => Err(error.into()),
             },
             (DeviceChoice::Auto, Some(_)) | (DeviceChoice::Emulated, _) => {
-                self.refuse_gpu_options("is for a GPU; the emulated device was asked for")?;
+                self.refuse_gpu_options(EMULATED_WANTED)?;
                 self.emulated()
             }
         }
@@ -123,10 +126,14 @@ impl DeviceArgs {
 
     /// SMs to plan for: those of the GPU that was named, the given number, or an H100's.
     pub fn planned_sm_count(&self) -> Result<u32> {
-        Ok(match self.device {
-            DeviceChoice::Cuda(_) => self.open()?.info().sm_count,
-            DeviceChoice::Auto | DeviceChoice::Emulated => self.sm_count.unwrap_or(HOPPER_SMS),
-        })
+        match (self.device, self.sm_count) {
+            (DeviceChoice::Auto, None) => Ok(HOPPER_SMS),
+            (DeviceChoice::Cuda(_), _) => Ok(self.open()?.info().sm_count),
+            (DeviceChoice::Auto, Some(_)) | (DeviceChoice::Emulated, _) => {
+                self.refuse_gpu_options(EMULATED_WANTED)?;
+                Ok(self.sm_count.unwrap_or(HOPPER_SMS))
+            }
+        }
     }
 
     /// The chosen variants.

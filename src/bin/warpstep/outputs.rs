@@ -8,6 +8,9 @@ use std::path::{Path, PathBuf};
 use warpstep::Error;
 use warpstep::image::check_destination;
 
+/// Endings of pictures that are not PNG files: other programs would believe them.
+const OTHER_PICTURES: [&str; 8] = ["jpg", "jpeg", "webp", "gif", "bmp", "tif", "tiff", "avif"];
+
 /// The files that a command will write, each with the option that names it.
 #[derive(Default)]
 pub struct OutputFiles(Vec<(&'static str, PathBuf)>);
@@ -19,7 +22,7 @@ impl OutputFiles {
     }
 
     /// Says before the work, not after it, that a file could not be written, or would take the place of another one: of
-    /// those that are written too, or of those `read` along the way.
+    /// those that are written too, or of those `read` along the way; or would not be what its name says.
     pub fn check<'a>(&self, read: impl IntoIterator<Item = &'a PathBuf>) -> Result<()> {
         let mut taken: HashMap<PathBuf, &str> = HashMap::new();
         for path in read {
@@ -29,6 +32,11 @@ impl OutputFiles {
             }
         }
         for (option, path) in &self.0 {
+            let ending = path.extension().unwrap_or_default().to_string_lossy().to_ascii_lowercase();
+            if OTHER_PICTURES.contains(&&*ending) {
+                let reason = format!("{}: pictures are written as PNG, and as nothing else", path.display());
+                return Err(Error::request(option, reason).into());
+            }
             check_destination(path)?;
             if let Some(what) = taken.insert(real_path(path), "is the name of another output too") {
                 return Err(Error::request(option, format!("{} {what}", path.display())).into());
