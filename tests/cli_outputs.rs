@@ -194,7 +194,7 @@ fn a_bad_request_is_refused_before_weights_are_read() {
     );
 }
 
-/// The program with its streams as a shell's redirections leave them: `{}` in `redirected` is the program's own command.
+/// The program with its streams as a shell's redirections leave them: `{}` in `redirected` is the program's command.
 fn in_shell(redirected: &str, arguments: &[&str]) -> Output {
     let script = redirected.replace("{}", "\"$0\" \"$@\"");
     Command::new("bash")

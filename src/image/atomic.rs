@@ -34,8 +34,8 @@ pub(crate) fn write_atomically(
     Ok(())
 }
 
-/// Says before long work that the file could not be written after it: makes a temporary file where the writing would make
-/// one, and removes it. What is there already is not touched.
+/// Says before long work that the file could not be written after it: makes a temporary file where the writing would
+/// make one, and removes it. What is there already is not touched.
 pub fn check_destination(path: &Path) -> Result<()> {
     let check = || create_beside(&destination(path)?).map(drop);
     check().map_err(Error::io(path))
@@ -58,7 +58,7 @@ fn destination(path: &Path) -> io::Result<PathBuf> {
         Ok(metadata) if !metadata.is_file() => {
             Err(io::Error::new(ErrorKind::InvalidInput, "is no regular file and is not replaced"))
         }
-        // The rename asks the directory alone. Whoever took away the right to write meant the file to stay, for root too.
+        // The rename asks the directory alone. Whoever took away the right to write meant it to stay, root or not.
         Ok(metadata) if metadata.permissions().readonly() => {
             Err(io::Error::new(ErrorKind::PermissionDenied, "is write-protected and is not replaced"))
         }

@@ -1,8 +1,8 @@
 //! What the program prints: machine output on stdout, human text on stderr.
 //!
-//! `println!` and its sisters of the standard library panic where a stream takes no more: a crash, by the looks of it, and
-//! the end of a picture whose progress nobody reads. The macros here have their names and stand in front of them in the
-//! whole program, so that no line of it needs to think of this.
+//! `println!` and its sisters of the standard library panic where a stream takes no more: a crash, by the looks of it,
+//! and the end of a picture whose progress nobody reads. The macros here have their names and stand in front of them in
+//! the whole program, so that no line of it needs to think of this.
 
 use std::fmt::Arguments;
 use std::io::{ErrorKind, Result, Write};
@@ -14,8 +14,8 @@ pub fn out(text: Arguments<'_>) {
     written(stdout.write_fmt(text).and_then(|()| stdout.flush()));
 }
 
-/// Ends the program if stdout took no more: in silence where its reader has seen enough, as in `warpstep ... | head -1`,
-/// with an error where the rest is lost, as on a full disk.
+/// Ends the program if stdout took no more: in silence where its reader has seen enough, as in `warpstep | head`, with
+/// an error where the rest is lost, as on a full disk.
 pub fn written(result: Result<()>) {
     let Err(error) = result else { return };
     if error.kind() == ErrorKind::BrokenPipe {

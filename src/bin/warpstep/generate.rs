@@ -267,8 +267,8 @@ impl Options {
         Ok(ExitCode::SUCCESS)
     }
 
-    /// Checks all requests by an engine that only plans: what is wrong with one is said before weights are read, which may
-    /// take minutes, and before the first picture. Without a device the plans are printed.
+    /// Checks all requests by an engine that only plans: what is wrong with one is said before weights are read, which
+    /// may take minutes, and before the first picture. Without a device the plans are printed.
     fn jobs(
         &self,
         prompts: Vec<Prompt>,

@@ -158,8 +158,8 @@ impl Inspect {
     }
 }
 
-/// JSON that says the same on one line, without characters that a terminal acts on: JSON has them in strings only, but for
-/// the ends of lines between its parts.
+/// JSON that says the same on one line, without characters that a terminal acts on: JSON has them in strings only, but
+/// for the ends of lines between its parts.
 fn printable_json(json: &str) -> String {
     let mut shown = String::with_capacity(json.len());
     for c in json.chars() {

@@ -56,7 +56,7 @@ enum Verb {
     Doctor(doctor::Doctor),
 }
 
-/// Prints help, version or a usage error and ends the program. clap itself would not say that a help could not be printed.
+/// Prints help, version or a usage error and ends the program. clap itself would hide that help could not be printed.
 fn not_run(error: &clap::Error) -> ! {
     let printed = error.print().and_then(|()| std::io::stdout().flush());
     if !error.use_stderr() {
