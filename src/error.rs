@@ -94,8 +94,10 @@ pub enum Error {
     #[error("image tokens {}: {reason}", path.display())]
     Tokens { path: PathBuf, reason: String },
     /// A file could not be opened, read or written.
-    #[error("{}: {source}", path.display())]
-    Io { path: PathBuf, source: std::io::Error },
+    ///
+    /// The message holds its cause; a field named `source` would have whoever prints a chain of errors print it twice.
+    #[error("{}: {cause}", path.display())]
+    Io { path: PathBuf, cause: std::io::Error },
     /// A mistake of ours: an invariant of the library does not hold.
     #[error("internal error: {0}")]
     Internal(String),
@@ -105,7 +107,7 @@ impl Error {
     /// Wraps an I/O error with the path it happened on.
     pub fn io(path: impl Into<PathBuf>) -> impl FnOnce(std::io::Error) -> Error {
         let path = path.into();
-        move |source| Error::Io { path, source }
+        move |cause| Error::Io { path, cause }
     }
 
     /// An [`Error::InvalidRequest`].

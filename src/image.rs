@@ -10,6 +10,7 @@ mod prepare;
 mod read;
 mod resize;
 
+pub use atomic::check_destination;
 pub use prepare::{BUCKETS, ResizeMode, nearest_bucket, prepare};
 pub use read::{ImageLimits, load_image};
 
@@ -96,7 +97,7 @@ pub struct PngInfo {
 pub fn write_png(path: &Path, image: &RgbImage, metadata: Option<&Metadata>) -> Result<()> {
     write_atomically(path, |file| {
         encode_png(file, image, metadata).map_err(|error| match error {
-            png::EncodingError::IoError(source) => Error::Io { path: path.into(), source },
+            png::EncodingError::IoError(cause) => Error::Io { path: path.into(), cause },
             other => Error::Image { path: path.into(), reason: other.to_string() },
         })
     })
@@ -139,8 +140,8 @@ pub fn read_png_info(path: &Path) -> Result<PngInfo> {
 /// [`read_png_info`] of any reader; `path` is named in errors.
 fn read_info(file: impl BufRead + Seek, path: &Path) -> Result<PngInfo> {
     let fail = |error: png::DecodingError| match error {
-        png::DecodingError::IoError(source) if source.kind() != std::io::ErrorKind::UnexpectedEof => {
-            Error::Io { path: path.into(), source }
+        png::DecodingError::IoError(cause) if cause.kind() != std::io::ErrorKind::UnexpectedEof => {
+            Error::Io { path: path.into(), cause }
         }
         other => Error::Image { path: path.into(), reason: other.to_string() },
     };

@@ -38,9 +38,15 @@ pub struct LatentNoise {
     pub seed: u64,
 }
 
-/// Encodes `image` (the posterior's mean), adds the noise and decodes. Refuses sides that the VAE cannot encode,
-/// and pictures that do not fit the engine's memory budget.
-pub fn reconstruct(engine: &Engine, image: &RgbImage, noise: LatentNoise) -> Result<Reconstruction> {
+/// Device bytes that [`reconstruct`] takes on top of the weights; no device work. Refuses what that refuses, also of an
+/// engine that only plans.
+pub fn plan_reconstruction(engine: &Engine, image: &RgbImage, noise: LatentNoise) -> Result<u64> {
+    let [tokens, arena] = buffer_bytes(engine, image, noise)?;
+    Ok((tokens as u64).saturating_add(arena as u64))
+}
+
+/// Bytes of the tokens and of the arena.
+fn buffer_bytes(engine: &Engine, image: &RgbImage, noise: LatentNoise) -> Result<[usize; 2]> {
     if !(noise.sigma.is_finite() && noise.sigma >= 0.0) {
         return Err(Error::request(
             "noise",
@@ -48,17 +54,28 @@ pub fn reconstruct(engine: &Engine, image: &RgbImage, noise: LatentNoise) -> Res
         ));
     }
     engine.check_pictures(std::slice::from_ref(image))?;
-    let model = &engine.model;
-    let encoder =
-        model.encoder.as_ref().ok_or_else(|| Error::Internal("an encoder was checked for".into()))?;
+    let (model, dtype) = (&engine.model, engine.model.dtype);
+    let pixels = (image.height() as usize, image.width() as usize);
+    let grid = (pixels.0 / model.down_factor(), pixels.1 / model.down_factor());
+    let tokens = grid.0 * grid.1 * model.config.token_dim() * dtype.bytes();
+    let arena = encoder(engine)?.plan(pixels, dtype)?.max(model.vae.plan(1, grid, dtype)?);
+    engine.check_budget((tokens as u64).saturating_add(arena as u64))?;
+    Ok([tokens, arena])
+}
+
+fn encoder(engine: &Engine) -> Result<&VaeEncoder> {
+    engine.model.encoder.as_ref().ok_or_else(|| Error::Internal("an encoder was checked for".into()))
+}
+
+/// Encodes `image` (the posterior's mean), adds the noise and decodes. Refuses sides that the VAE cannot encode,
+/// and pictures that do not fit the engine's memory budget.
+pub fn reconstruct(engine: &Engine, image: &RgbImage, noise: LatentNoise) -> Result<Reconstruction> {
+    let [bytes, arena_bytes] = buffer_bytes(engine, image, noise)?;
+    let (model, encoder) = (&engine.model, encoder(engine)?);
     let (dtype, device) = (model.dtype, &engine.device);
     let (height, width) = (image.height() as usize, image.width() as usize);
     let factor = model.down_factor();
     let grid = (height / factor, width / factor);
-    let bytes = grid.0 * grid.1 * model.config.token_dim() * dtype.bytes();
-
-    let arena_bytes = encoder.plan((height, width), dtype)?.max(model.vae.plan(1, grid, dtype)?);
-    engine.check_budget((bytes as u64).saturating_add(arena_bytes as u64))?;
     let tokens = device.alloc(bytes, "tokens")?;
     let arena = device.alloc(arena_bytes, "vae")?;
     let mut stream = device.stream()?;

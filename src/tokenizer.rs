@@ -202,6 +202,11 @@ impl Tokenizer {
         self.special.get(&id).map(String::as_str)
     }
 
+    /// Number of tokens, special ones included.
+    pub fn vocabulary(&self) -> usize {
+        self.inner.get_vocab_size(true)
+    }
+
     /// The special token with this text.
     pub fn special_id(&self, text: &str) -> Option<u32> {
         self.inner.token_to_id(text).filter(|&id| self.special(id) == Some(text))

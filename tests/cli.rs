@@ -2,6 +2,7 @@
 
 use std::path::Path;
 use std::process::{Command, Output};
+use warpstep::image::{Metadata, RgbImage, write_png};
 
 fn warpstep(arguments: &[&str]) -> Output {
     Command::new(env!("CARGO_BIN_EXE_warpstep")).args(arguments).output().unwrap()
@@ -37,6 +38,66 @@ fn the_same_command_writes_the_same_png_and_inspect_tells_how() {
     let json: serde_json::Value = serde_json::from_slice(&output.stdout).unwrap();
     assert_eq!(json["request"]["seed"], 5);
     assert_eq!(json["model"], "demo");
+    // It decides how sums are split, and with that the last bits.
+    assert!(json["sm_count"].as_u64() > Some(0), "{json}");
+}
+
+#[test]
+fn text_in_a_png_moves_no_cursor_and_stays_json() {
+    let dir = tempfile::tempdir().unwrap();
+    let file = dir.path().join("x.png");
+    let inspect = |json: &str, more: &[&str]| {
+        let notes = Metadata { parameters: "a\u{1b}[2Jb\nSteps: 2".into(), json: json.into() };
+        write_png(&file, &RgbImage::new(16, 16, vec![9; 16 * 16 * 3]).unwrap(), Some(&notes)).unwrap();
+        warpstep(&[&["inspect", file.to_str().unwrap()][..], more].concat())
+    };
+    let json = "{\"seed\":\n18446744073709551615,\"t\":0.1,\"text\":\"\u{9b}2J\"}";
+    let shown = text(&inspect(json, &[]).stdout);
+    assert!(shown.contains("a\\u{1b}[2Jb\nSteps: 2") && shown.contains("\\u{9b}2J"), "{shown}");
+    let shown = text(&inspect(json, &["--json"]).stdout);
+    assert_eq!(shown, "{\"seed\": 18446744073709551615,\"t\":0.1,\"text\":\"\\u009b2J\"}\n");
+    for bad in ["", "no JSON", "{\"a\":1}{", "{\"a\":\"\u{1b}\"}"] {
+        let output = inspect(bad, &["--json"]);
+        assert_eq!((output.status.code(), output.stdout.len()), (Some(1), 0), "{bad:?}");
+        assert!(text(&output.stderr).contains("not JSON"), "{}", text(&output.stderr));
+    }
+}
+
+#[test]
+fn inspect_loads_the_tokenizer_too() {
+    let dir = tempfile::tempdir().unwrap();
+    let model = Path::new(env!("CARGO_MANIFEST_DIR")).join("tools/demo/model");
+    let shown = text(&warpstep(&["inspect", model.to_str().unwrap()]).stdout);
+    assert!(shown.contains("tokenizer: ok, 398 tokens"), "{shown}");
+    // The same folder, with another tokenizer.
+    for entry in std::fs::read_dir(&model).unwrap().map(Result::unwrap) {
+        std::os::unix::fs::symlink(entry.path(), dir.path().join(entry.file_name())).unwrap();
+    }
+    std::fs::remove_file(dir.path().join("tokenizer.json")).unwrap();
+    std::fs::write(dir.path().join("tokenizer.json"), "{}").unwrap();
+    let output = warpstep(&["inspect", dir.path().to_str().unwrap()]);
+    let shown = text(&output.stdout);
+    assert_eq!(output.status.code(), Some(1), "{shown}");
+    assert!(shown.contains("transformer:") && shown.contains("tokenizer: invalid tokenizer"), "{shown}");
+    let output = warpstep(&["inspect", "--json", dir.path().to_str().unwrap()]);
+    let json: serde_json::Value = serde_json::from_slice(&output.stdout).unwrap();
+    assert_eq!(output.status.code(), Some(1), "{json}");
+    assert!(json["tokenizer"]["error"].is_string() && json["model"]["tensors"].is_u64(), "{json}");
+}
+
+#[test]
+fn an_error_says_its_cause_once() {
+    for arguments in [
+        &["generate", "x", "--sm-count", "4", "--model", "/nonexistent"][..],
+        &["edit", "/nonexistent/x.png", "make it red"],
+        &["complete", "x", "--image", "/nonexistent/x.png"],
+        &["generate", "--prompts", "/nonexistent/p.txt"],
+        &["inspect", "/nonexistent"],
+    ] {
+        let message = text(&warpstep(arguments).stderr);
+        assert_eq!(message.matches("No such file").count(), 1, "{message}");
+        assert_eq!(message.matches("/nonexistent").count(), 1, "{message}");
+    }
 }
 
 #[test]
@@ -63,6 +124,21 @@ fn usage_errors_exit_with_2_and_say_what_is_known() {
         (&["generate", "x", "--cfg", "0.5"], "guidance"),
         (&["generate", "x", "--steps", "0"], "steps"),
         (&["draw", "x"], "unrecognized"),
+        // What would have no effect is refused.
+        (&["generate", "x", "--device", "emulated", "--cubins", "."], "cubins"),
+        (&["generate", "x", "--sm-count", "4", "--no-dependent-launch"], "no-dependent-launch"),
+        (&["kernels", "test", "--device", "emulated", "--shared-carveout", "50"], "shared-carveout"),
+        (&["kernels", "conformance", "--device", "emulated", "--cubins", "/nonexistent"], "cubins"),
+        (&["kernels", "test", "--kernel", "qkv=mma"], "every variant is tested"),
+        (&["kernels", "conformance", "--kernel", "qkv=mma"], "no variant of an op"),
+        (&["kernels", "test", "--variant", "nosuch"], "known: flash, mma, plain"),
+        (&["kernels", "test", "--op", "qkv", "--variant", "flash"], "known: mma, plain"),
+        (&["kernels", "test", "--op", "qkv", "--sm-count", "4", "--case", "nosuch"], "no case"),
+        (&["reconstruct", "x.png", "--seed", "1"], "no effect without --noise"),
+        (&["inspect", "x.png", "--check-values"], "folder"),
+        (&["generate", "x", "--vae", "vae"], "--model"),
+        (&["generate", "x", "--sm-count", "4", "-o", "x.JPG"], "as PNG"),
+        (&["generate", "x", "--plan", "--device", "emulated", "--cubins", "."], "cubins"),
     ] {
         let output = warpstep(arguments);
         let message = text(&output.stderr);

@@ -117,6 +117,26 @@ fn instructions_of_a_file_edit_the_same_picture() {
 }
 
 #[test]
+fn the_editing_preset_draws_without_a_picture_too() {
+    // Its picture guidance of 2 has nothing to guide towards, and was refused.
+    let dir = Folder::new();
+    run(&[
+        "generate",
+        "a circle",
+        "--preset",
+        "edit",
+        "--size",
+        "16x16",
+        "--steps",
+        "2",
+        "-o",
+        &dir.name("a.png"),
+    ]);
+    let info = read_png_info(&dir.path("a.png")).unwrap();
+    assert!(!info.parameters.unwrap().contains("Image CFG scale"));
+}
+
+#[test]
 fn a_preview_is_a_labelled_png_and_changes_no_byte_of_the_result() {
     let dir = Folder::new();
     let [plain, with, preview] = ["plain.png", "with.png", "preview.png"].map(|name| dir.name(name));

@@ -270,11 +270,13 @@ step soak 120 "$warpstep" "${soak[@]}"
 # variant that is named is taken for the prompt as well, and ring does at most two rows.
 token=(bench "${on[@]}" --prompt 1 --sizes "" --seconds 1 --format json)
 [[ $device == cuda ]] && token+=(--synthetic 14b --positions 1024)
+carveout=()
+[[ $device == cuda ]] && carveout=(--shared-carveout 100)
 rings=()
 for op in qkv o_proj gate_up down out_proj linear; do rings+=(--kernel "$op=ring"); done
-step try-carveout 60 "$warpstep" "${token[@]}" --shared-carveout 100 --output "$stem-carveout.json"
+step try-carveout 60 "$warpstep" "${token[@]}" "${carveout[@]}" --output "$stem-carveout.json"
 step try-ring 60 "$warpstep" "${token[@]}" "${rings[@]}" --output "$stem-ring.json"
-step try-both 60 "$warpstep" "${token[@]}" --shared-carveout 100 "${rings[@]}" --output "$stem-both.json"
+step try-both 60 "$warpstep" "${token[@]}" "${carveout[@]}" "${rings[@]}" --output "$stem-both.json"
 
 has() { # whether Python has this module, without importing it
     "$python" -c "import importlib.util as u; raise SystemExit(u.find_spec('$1') is None)" 2>/dev/null

@@ -10,8 +10,8 @@ use std::sync::atomic::{AtomicU64, Ordering};
 static COUNTER: AtomicU64 = AtomicU64::new(0);
 
 /// Lets `write` fill a temporary file in the destination's directory, flushes it to the disk and renames it. On any
-/// error the destination is untouched and the temporary file is gone. A symbolic link is written through; a directory,
-/// device or pipe is refused, because the rename would replace it.
+/// error the destination is untouched and the temporary file is gone. A symbolic link is written through. A directory,
+/// device or pipe is refused, because the rename would replace it, and so is a file that could not be written.
 pub(crate) fn write_atomically(
     path: &Path,
     write: impl FnOnce(&mut BufWriter<File>) -> Result<()>,
@@ -34,10 +34,20 @@ pub(crate) fn write_atomically(
     Ok(())
 }
 
+/// Says before long work that the file could not be written after it: makes a temporary file where the writing would
+/// make one, and removes it. What is there already is not touched.
+pub fn check_destination(path: &Path) -> Result<()> {
+    let check = || create_beside(&destination(path)?).map(drop);
+    check().map_err(Error::io(path))
+}
+
 /// Where the file is to appear, links resolved.
 fn destination(path: &Path) -> io::Result<PathBuf> {
     if path.file_name().is_none() {
         return Err(io::Error::new(ErrorKind::InvalidInput, "names no file"));
+    }
+    if path.as_os_str().as_encoded_bytes().ends_with(b"/") {
+        return Err(io::Error::new(ErrorKind::IsADirectory, "names a directory, expected a file name"));
     }
     let is_link = fs::symlink_metadata(path).is_ok_and(|metadata| metadata.is_symlink());
     let destination = if is_link { fs::canonicalize(path)? } else { path.to_path_buf() };
@@ -48,6 +58,11 @@ fn destination(path: &Path) -> io::Result<PathBuf> {
         Ok(metadata) if !metadata.is_file() => {
             Err(io::Error::new(ErrorKind::InvalidInput, "is no regular file and is not replaced"))
         }
+        // The rename asks the directory alone. Whoever took away the right to write meant it to stay, root or not.
+        Ok(metadata) if metadata.permissions().readonly() => {
+            Err(io::Error::new(ErrorKind::PermissionDenied, "is write-protected and is not replaced"))
+        }
+        Ok(_) => OpenOptions::new().write(true).open(&destination).map(|_| destination),
         _ => Ok(destination),
     }
 }

@@ -71,7 +71,7 @@ fn images_of_the_wrong_length_are_refused() {
 /// Error kind and message of a failed write.
 fn io_error(result: Result<()>) -> (io::ErrorKind, String) {
     match result {
-        Err(Error::Io { path, source }) => (source.kind(), format!("{}: {source}", path.display())),
+        Err(Error::Io { path, cause }) => (cause.kind(), format!("{}: {cause}", path.display())),
         other => panic!("{other:?}"),
     }
 }
@@ -101,6 +101,19 @@ fn a_read_only_directory_is_an_error() {
     let (_guard, dir) = read_only_dir();
     let (_, message) = io_error(write_png(&dir.join("a.png"), &picture(), None));
     assert!(message.contains("cannot write into directory"), "{message}");
+}
+
+#[test]
+fn a_write_protected_file_is_not_replaced() {
+    use std::os::unix::fs::PermissionsExt;
+    let dir = tempfile::tempdir().unwrap();
+    let path = dir.path().join("a.png");
+    std::fs::write(&path, b"old").unwrap();
+    std::fs::set_permissions(&path, std::fs::Permissions::from_mode(0o444)).unwrap();
+    for result in [check_destination(&path), write_png(&path, &picture(), None)] {
+        assert_eq!(io_error(result).0, io::ErrorKind::PermissionDenied);
+    }
+    assert_eq!((names(dir.path()), std::fs::read(&path).unwrap()), (vec!["a.png".into()], b"old".to_vec()));
 }
 
 #[test]
@@ -135,7 +148,7 @@ fn a_write_that_fails_half_way_leaves_the_old_file_and_nothing_else() {
         // More than the buffer, so that bytes have reached the file.
         out.write_all(&[7; 100_000]).unwrap();
         assert_eq!(names(dir.path()).len(), 2);
-        Err(Error::Io { path: path.clone(), source: io::ErrorKind::StorageFull.into() })
+        Err(Error::Io { path: path.clone(), cause: io::ErrorKind::StorageFull.into() })
     });
     assert_eq!(io_error(failed).0, io::ErrorKind::StorageFull);
     assert_eq!((names(dir.path()), std::fs::read(&path).unwrap()), (vec!["a.png".into()], b"old".to_vec()));

@@ -100,7 +100,7 @@ impl Index {
                 Err(error) if error.kind() == std::io::ErrorKind::NotFound => {
                     return Err(refuse(format!("shard {} is missing in {}", escape(shard), dir.display())));
                 }
-                Err(error) => return Err(Error::Io { path, source: error }),
+                Err(error) => return Err(Error::Io { path, cause: error }),
             };
             if !roots.iter().any(|root| real.starts_with(root)) {
                 return Err(refuse(format!(

@@ -110,7 +110,7 @@ impl Source {
         if let SourceBytes::File(file) = &self.bytes {
             return file.read_exact_at(out, offset).map_err(|error| match error.kind() {
                 std::io::ErrorKind::UnexpectedEof => self.past_the_end(offset, out.len()),
-                _ => Error::Io { path: self.path.clone(), source: error },
+                _ => Error::Io { path: self.path.clone(), cause: error },
             });
         }
         out.copy_from_slice(&self.bytes_at(offset, out.len())?);

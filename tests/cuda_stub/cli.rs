@@ -80,6 +80,12 @@ fn doctor_tells_driver_and_gpu() {
     assert!(shown.contains("GPU 0: Stub GPU, compute capability 9.0, 132 SMs, 17.2 GB"), "{shown}");
     let shown = text(&warpstep("/nonexistent.so".as_ref(), "", &["doctor"]).stdout);
     assert!(shown.contains("no CUDA device: no NVIDIA driver"), "{shown}");
+    assert!(shown.contains("commands use the emulated device"), "{shown}");
+    // A GPU that is there and fails is no reason to do without: no command does.
+    let broken = "fail_name=cuDevicePrimaryCtxRetain,code=2";
+    let shown = text(&warpstep(&stub.path, broken, &["doctor"]).stdout);
+    assert!(shown.contains("commands fail but for --device emulated"), "{shown}");
+    assert_eq!(warpstep(&stub.path, broken, &["generate", "x"]).status.code(), Some(1));
     let json = warpstep(&stub.path, "major=8", &["doctor", "--json"]).stdout;
     let json: serde_json::Value = serde_json::from_slice(&json).unwrap();
     assert_eq!(json["cuda"]["capability"], serde_json::json!([8, 0]));

@@ -68,7 +68,7 @@ fn complete_reads_pictures_and_refuses_senseless_options() {
         (&["generate", "a", "--think-tokens", "3"], "required"),
         (&["generate", "a", "--think", "--think-template", "{prompt}"], "{text}"),
         (&["generate", "a", "--think", "--think-tokens", "0"], "max_tokens"),
-        (&["generate", "a", "--think", "--think-temperature", "0"], "temperature"),
+        (&["generate", "a", "--think", "--think-temperature", "-1"], "temperature"),
     ] {
         let output = warpstep(arguments);
         let message = text(&output.stderr);
@@ -105,6 +105,9 @@ fn what_the_model_wrote_becomes_the_caption_and_stays_in_the_png() {
     assert_eq!(thought["thought"]["prompt"], "a red circle");
     let caption = format!("a red circle<|begin_of_thinking|>{written}<|end_of_thinking|>");
     assert_eq!(thought["request"]["prompt"].as_str().unwrap(), caption);
+    // Temperature 0 is greedy, as that of `complete`.
+    let (_, greedy) = run(&["--think", "--think-temperature", "0"], &out("d.png"));
+    assert_eq!(greedy, thought);
     let (_, refined) = run(&["--refine", "--think-template", "{text}, {prompt}"], &out("b.png"));
     let written = refined["thought"]["text"].as_str().unwrap();
     assert_eq!(refined["thought"]["opening"], "refinement");

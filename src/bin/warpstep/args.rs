@@ -14,6 +14,9 @@ use warpstep::ops::{DType, Selection};
 /// Environment variable with the path of the CUDA driver's library, for machines that keep it elsewhere, and tests.
 const LIBRARY_VARIABLE: &str = "WARPSTEP_CUDA_LIBRARY";
 
+/// Why an option for GPUs is refused.
+const EMULATED_WANTED: &str = "is for a GPU; the emulated device was asked for";
+
 /// What `--device` asks for.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum DeviceChoice {
@@ -69,12 +72,37 @@ impl DeviceArgs {
             (DeviceChoice::Auto, None) => match gpu(0) {
                 Ok(device) => Ok(Arc::new(device)),
                 Err(error @ Error::NoDevice(_)) => {
+                    self.refuse_gpu_options(&format!("is for a GPU; {error}"))?;
                     eprintln!("{error}; using the emulated device");
                     self.emulated()
                 }
                 Err(error) => Err(error.into()),
             },
-            (DeviceChoice::Auto, Some(_)) | (DeviceChoice::Emulated, _) => self.emulated(),
+            (DeviceChoice::Auto, Some(_)) | (DeviceChoice::Emulated, _) => {
+                self.refuse_gpu_options(EMULATED_WANTED)?;
+                self.emulated()
+            }
+        }
+    }
+
+    /// Refuses what has no effect on the emulated device.
+    fn refuse_gpu_options(&self, reason: &str) -> Result<()> {
+        let given = [
+            ("cubins", self.cubins.is_some()),
+            ("no-dependent-launch", self.no_dependent_launch),
+            ("shared-carveout", self.shared_carveout.is_some()),
+        ];
+        match given.into_iter().find(|(_, given)| *given) {
+            Some((option, _)) => Err(Error::request(option, reason).into()),
+            None => Ok(()),
+        }
+    }
+
+    /// Refuses --kernel where every variant has its turn.
+    pub fn refuse_kernels(&self, reason: &str) -> Result<()> {
+        match self.kernels.first() {
+            Some(kernel) => Err(Error::request("kernel", format!("{kernel}: {reason}")).into()),
+            None => Ok(()),
         }
     }
 
@@ -98,10 +126,14 @@ impl DeviceArgs {
 
     /// SMs to plan for: those of the GPU that was named, the given number, or an H100's.
     pub fn planned_sm_count(&self) -> Result<u32> {
-        Ok(match self.device {
-            DeviceChoice::Cuda(_) => self.open()?.info().sm_count,
-            DeviceChoice::Auto | DeviceChoice::Emulated => self.sm_count.unwrap_or(HOPPER_SMS),
-        })
+        match (self.device, self.sm_count) {
+            (DeviceChoice::Auto, None) => Ok(HOPPER_SMS),
+            (DeviceChoice::Cuda(_), _) => Ok(self.open()?.info().sm_count),
+            (DeviceChoice::Auto, Some(_)) | (DeviceChoice::Emulated, _) => {
+                self.refuse_gpu_options(EMULATED_WANTED)?;
+                Ok(self.sm_count.unwrap_or(HOPPER_SMS))
+            }
+        }
     }
 
     /// The chosen variants.

@@ -3,15 +3,14 @@
 use crate::args::{DeviceArgs, Precision};
 use crate::loading::{LoadArgs, load};
 use crate::picture::{PictureArgs, read_picture};
-use anyhow::{Context, Result};
+use anyhow::Result;
 use clap::Args;
-use std::io::Write;
 use std::num::NonZeroU32;
 use std::path::PathBuf;
 use std::process::ExitCode;
 use std::sync::Arc;
 use warpstep::Error;
-use warpstep::engine::{EngineOptions, ModelSource};
+use warpstep::engine::{Engine, EngineOptions, ModelSource};
 use warpstep::event::{CancelToken, Control, Event};
 use warpstep::text::{RandomSampling, TextEnd, TextRequest, TextSampling};
 
@@ -69,7 +68,7 @@ pub struct Complete {
     model: Option<PathBuf>,
 
     /// VAE folder [default: what config.json names, else vae/ in the model folder].
-    #[arg(long, value_name = "DIR")]
+    #[arg(long, value_name = "DIR", requires = "model")]
     vae: Option<PathBuf>,
 
     /// Element type of weights and activations.
@@ -117,14 +116,8 @@ impl Complete {
             return Err(Error::request("seed", reason).into());
         }
         let mut request = TextRequest::new(&self.prompt);
-        request.images = self
-            .images
-            .iter()
-            .map(|path| {
-                read_picture(path, self.pictures.resize)
-                    .with_context(|| format!("picture {}", path.display()))
-            })
-            .collect::<Result<_>>()?;
+        request.images =
+            self.images.iter().map(|path| read_picture(path, self.pictures.resize)).collect::<Result<_>>()?;
         if self.pictures.resize.is_some() && self.images.is_empty() {
             return Err(Error::request("resize", "has no effect without --image").into());
         }
@@ -142,8 +135,11 @@ impl Complete {
             text: true,
             ..self.loading.options()
         };
-        let engine = Arc::new(load(&source, self.device.open()?, options)?);
-        let plan = engine.plan_text(&request)?;
+        let device = self.device.open()?;
+        // What is wrong with the request is said before weights are read, which may take minutes.
+        let plan = Engine::for_planning(&source, device.info().sm_count, options.clone())?;
+        let plan = plan.plan_text(&request)?;
+        let engine = Arc::new(load(&source, device, options)?);
         let how = match &request.sampling {
             TextSampling::Greedy => "greedy".to_owned(),
             TextSampling::Random(r) => {
@@ -161,35 +157,21 @@ impl Complete {
             plan.weight_bytes as f64 / 1e6,
             (plan.cache_bytes + plan.activation_bytes) as f64 / 1e6
         );
-        let mut stdout = std::io::stdout().lock();
-        let mut unwritten = None;
-        let result = engine.session().complete(&request, &CancelToken::new(), &mut |event| {
+        let made = engine.session().complete(&request, &CancelToken::new(), &mut |event| {
             if let (Event::Text { piece, .. }, false) = (event, self.json) {
-                let written = stdout.write_all(piece.as_bytes()).and_then(|()| stdout.flush());
-                if let Err(error) = written {
-                    unwritten = Some(error);
-                    return Control::Stop;
-                }
+                print!("{piece}");
             }
             Control::Continue
-        });
-        if let Some(error) = unwritten {
-            // The reader has seen enough, as in `warpstep complete ... | head -c 20`.
-            return match error.kind() {
-                std::io::ErrorKind::BrokenPipe => Ok(ExitCode::SUCCESS),
-                _ => Err(error.into()),
-            };
-        }
-        let made = result?;
+        })?;
         if self.json {
             let value = serde_json::json!({
                 "prompt": request.prompt, "text": made.text, "ids": made.ids, "end": made.end,
                 "sampling": request.sampling, "seed": request.seed, "plan": made.plan, "timings": made.timings,
                 "device": engine.device_info().name,
             });
-            writeln!(stdout, "{value}")?;
+            println!("{value}");
         } else {
-            writeln!(stdout)?;
+            println!();
         }
         let end = match &made.end {
             TextEnd::Token(token) => format!("ended at {token}"),

@@ -4,6 +4,7 @@ use crate::args::cuda_options;
 use anyhow::Result;
 use clap::Args;
 use std::process::ExitCode;
+use warpstep::Error;
 use warpstep::device::cuda::{CudaDevice, probe};
 use warpstep::device::emulated::{EmulatedDevice, EmulatedOptions, build_kind};
 use warpstep::device::{Device, cubins};
@@ -77,7 +78,9 @@ impl Doctor {
         }
         match &usable {
             Ok(()) => println!("CUDA device: can be opened; driving one has only been tested against a stub"),
-            Err(error) => println!("{error}; commands use the emulated device"),
+            Err(error @ Error::NoDevice(_)) => println!("{error}; commands use the emulated device"),
+            // --device auto goes on without a GPU only where there is none.
+            Err(error) => println!("CUDA device: {error}; commands fail but for --device emulated"),
         }
         println!("demo model: {}", if cfg!(feature = "demo-model") { "embedded" } else { "not embedded" });
         Ok(ExitCode::SUCCESS)

@@ -2,7 +2,7 @@
 
 use crate::generate::{EditInput, Options};
 use crate::picture::{PictureArgs, read_picture};
-use anyhow::{Context, Result};
+use anyhow::Result;
 use clap::Args;
 use std::ffi::OsString;
 use std::path::Path;
@@ -21,6 +21,7 @@ use warpstep::Error;
 ///   warpstep edit circle.png --prompts instructions.txt -o out.png        # out-0.png, out-1.png, ...
 #[derive(Args)]
 #[command(
+    allow_negative_numbers = true,
     override_usage = "warpstep edit [OPTIONS] <IMAGE>... <PROMPT>\n       warpstep edit [OPTIONS] <IMAGE>... --prompts <FILE>"
 )]
 pub struct Edit {
@@ -53,10 +54,7 @@ impl Edit {
         }
         let prompt = prompt.map(|text| text.into_string());
         let prompt = prompt.transpose().map_err(|_| Error::request("prompt", "is not UTF-8"))?;
-        let read = |path: &OsString| {
-            let path = Path::new(path);
-            read_picture(path, self.pictures.resize).with_context(|| format!("picture {}", path.display()))
-        };
+        let read = |path: &OsString| read_picture(Path::new(path), self.pictures.resize);
         let images = self.arguments.iter().map(read).collect::<Result<_>>()?;
         self.options.run(prompt, Some(EditInput { images, cfg_img: self.cfg_img }))
     }

@@ -2,17 +2,19 @@
 
 use crate::args::{DeviceArgs, Precision, parse_size};
 use crate::loading::{LoadArgs, load};
-use crate::outputs::{check_output, numbered, with_number};
+use crate::outputs::{OutputFiles, numbered, with_ending, with_number};
 use crate::prompts::{Prompt, read_prompts};
 use crate::think::{ThinkArgs, Thought};
 use anyhow::Result;
 use clap::Args;
 use indicatif::{ProgressBar, ProgressDrawTarget, ProgressStyle};
+use std::borrow::Cow;
 use std::num::NonZeroU32;
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 use std::sync::Arc;
 use warpstep::Error;
+use warpstep::device::Device;
 use warpstep::device::emulated::build_kind;
 use warpstep::engine::{Engine, EngineOptions, ModelSource, Plan};
 use warpstep::event::{CancelToken, Control, Event};
@@ -36,6 +38,7 @@ use warpstep::tokens::ImageTokens;
 ///
 ///   warpstep generate --prompts captions.txt -o out.png        # out-0.png, out-1.png, ...
 #[derive(Args)]
+#[command(allow_negative_numbers = true)]
 pub struct Generate {
     /// The caption.
     #[arg(required_unless_present_any = ["prompts", "from_tokens"], conflicts_with = "prompts")]
@@ -67,7 +70,7 @@ pub struct Options {
     model: Option<PathBuf>,
 
     /// VAE folder [default: what config.json names, else vae/ in the model folder].
-    #[arg(long, value_name = "DIR")]
+    #[arg(long, value_name = "DIR", requires = "model")]
     vae: Option<PathBuf>,
 
     /// Picture size in pixels, width first; both must divide by the model's token size (16).
@@ -126,8 +129,8 @@ pub struct Options {
     #[arg(long, value_name = "I")]
     first_image: Option<u32>,
 
-    /// Settings of the official examples instead of the model's defaults.
-    #[arg(long, value_parser = named(Preset::from_name, "t2i, edit"))]
+    /// Settings of the official examples instead of the model's defaults: t2i (text to image), edit.
+    #[arg(long, value_name = "NAME", value_parser = named(Preset::from_name, "t2i, edit"))]
     preset: Option<Preset>,
 
     /// Element type of weights and activations.
@@ -143,7 +146,8 @@ pub struct Options {
     #[arg(long, value_name = "N", default_value = "1", requires = "preview")]
     preview_rows: NonZeroU32,
 
-    /// Also store the image tokens, as safetensors, for `generate --from-tokens`.
+    /// Also store the image tokens, for `generate --from-tokens`: a safetensors file, whose ending is added to a name
+    /// without one.
     #[arg(long, value_name = "FILE")]
     save_tokens: Option<PathBuf>,
 
@@ -204,8 +208,24 @@ impl Generate {
 struct Job {
     prompt: Prompt,
     request: GenerateRequest,
+    /// Tokens of one of its pictures.
+    image_tokens: usize,
     /// Number of the prompt in its file.
     number: Option<usize>,
+    files: Files,
+}
+
+/// What is written of one prompt, or of one file of image tokens.
+struct Files {
+    pictures: Vec<PathBuf>,
+    tokens: Option<PathBuf>,
+}
+
+impl Files {
+    fn add_to(&self, outputs: &mut OutputFiles) {
+        outputs.add("output", &self.pictures);
+        outputs.add("save-tokens", &self.tokens);
+    }
 }
 
 impl Options {
@@ -216,35 +236,22 @@ impl Options {
 
     /// Makes the pictures of `prompt`, or of the file of prompts.
     pub fn run(&self, prompt: Option<String>, edit: Option<EditInput>) -> Result<ExitCode> {
-        if !self.plan {
-            self.check_outputs()?;
-        }
         self.think.check()?;
         let prompts = match (&self.prompts, prompt) {
             (Some(path), _) => read_prompts(path)?,
             (None, prompt) => vec![Prompt { text: prompt.unwrap_or_default(), place: None }],
         };
-        let engine = self.engine()?;
-        let mut jobs = Vec::new();
-        // All prompts are checked before the first picture, and all get the seed that was drawn for the first.
-        let seed = self.seed.unwrap_or_else(random_seed);
-        let mut tokens = 0;
-        for (index, prompt) in prompts.into_iter().enumerate() {
-            let number = self.prompts.is_some().then_some(index);
-            let request = self.request(&engine, &prompt.text, edit.as_ref(), seed);
-            let request = prompt.about(request)?;
-            let mut job = Job { prompt, request, number };
-            job.request.images = edit.as_ref().map(|edit| edit.images.clone()).unwrap_or_default();
-            let plan = job.prompt.about(engine.plan(&job.request).map_err(Into::into))?;
-            job.request.images.clear();
-            if self.plan {
-                self.print_plan(&engine, &job.request, &plan);
-                continue;
-            }
-            tokens += plan.image_tokens as u64;
-            jobs.push(job);
-        }
-        let progress = progress_bar(tokens);
+        let device = if self.plan { None } else { Some(self.device.open()?) };
+        let jobs = self.jobs(prompts, edit.as_ref(), device.as_deref())?;
+        let Some(device) = device else { return Ok(ExitCode::SUCCESS) };
+        let mut outputs = OutputFiles::default();
+        jobs.iter().for_each(|job| job.files.add_to(&mut outputs));
+        let images = jobs.first().map_or(0, |job| job.files.pictures.len());
+        outputs.add("preview", &self.preview_files(images));
+        outputs.check(&self.prompts)?;
+        let (source, options) = self.model()?;
+        let engine = Arc::new(load(&source, device, options)?);
+        let progress = progress_bar(jobs.iter().map(|job| job.image_tokens as u64).sum());
         let mut session = engine.session();
         let count = jobs.len();
         for mut job in jobs {
@@ -252,7 +259,7 @@ impl Options {
                 progress.suspend(|| eprintln!("prompt {} of {count}: {}", number + 1, job.prompt.text));
             }
             job.request.images = edit.as_ref().map(|edit| edit.images.clone()).unwrap_or_default();
-            let thought = job.prompt.about(self.think.apply(&engine, &mut session, &mut job.request))?;
+            let thought = job.prompt.about(self.think.apply(&mut session, &mut job.request))?;
             let made = self.make(&engine, &mut session, &job, thought.as_ref(), &progress);
             job.prompt.about(made)?;
         }
@@ -260,7 +267,38 @@ impl Options {
         Ok(ExitCode::SUCCESS)
     }
 
-    fn engine(&self) -> Result<Arc<Engine>> {
+    /// Checks all requests by an engine that only plans: what is wrong with one is said before weights are read, which
+    /// may take minutes, and before the first picture. Without a device the plans are printed.
+    fn jobs(
+        &self,
+        prompts: Vec<Prompt>,
+        edit: Option<&EditInput>,
+        device: Option<&dyn Device>,
+    ) -> Result<Vec<Job>> {
+        let sm_count = device.map_or_else(|| self.device.planned_sm_count(), |d| Ok(d.info().sm_count))?;
+        let (source, options) = self.model()?;
+        let engine = Engine::for_planning(&source, sm_count, options)?;
+        // All get the seed that was drawn for the first.
+        let seed = self.seed.unwrap_or_else(random_seed);
+        let mut jobs = Vec::new();
+        for (index, prompt) in prompts.into_iter().enumerate() {
+            let mut request = prompt.about(self.request(&engine, &prompt.text, edit, seed))?;
+            request.images = edit.map(|edit| edit.images.clone()).unwrap_or_default();
+            let plan = prompt.about(engine.plan(&request).map_err(Into::into))?;
+            prompt.about(self.think.plan(&engine, &request))?;
+            // Every job has the same pictures: once is enough.
+            request.images.clear();
+            if device.is_none() {
+                self.print_plan(&engine, &request, &plan);
+            }
+            let number = self.prompts.is_some().then_some(index);
+            let files = self.files(number, request.n as usize);
+            jobs.push(Job { prompt, request, image_tokens: plan.image_tokens, number, files });
+        }
+        Ok(jobs)
+    }
+
+    fn model(&self) -> Result<(ModelSource, EngineOptions)> {
         let source = match &self.model {
             Some(dir) => ModelSource::Dir(dir.clone()),
             None => ModelSource::Demo,
@@ -272,10 +310,7 @@ impl Options {
             text: self.think.writes(),
             ..self.loading.options()
         };
-        Ok(Arc::new(match self.plan {
-            true => Engine::for_planning(&source, self.device.planned_sm_count()?, options)?,
-            false => load(&source, self.device.open()?, options)?,
-        }))
+        Ok((source, options))
     }
 
     fn print_plan(&self, engine: &Engine, request: &GenerateRequest, plan: &Plan) {
@@ -326,16 +361,16 @@ impl Options {
             true => Vec::new(),
             false => (0..request.n).map(|index| self.metadata(engine, request, thought, index)).collect(),
         };
-        let place = |path: &Path| job.number.map_or_else(|| path.to_path_buf(), |n| with_number(path, n));
-        let mut files = write_pictures(&place(&self.output), &result.images, &notes)?;
-        if let (Some(path), Some(tokens)) = (&self.save_tokens, result.tokens) {
-            let path = place(path);
-            ImageTokens { notes, ..tokens }.save(&path)?;
-            files.push(path);
+        write_pictures(&job.files.pictures, &result.images, &notes)?;
+        if let (Some(path), Some(tokens)) = (&job.files.tokens, result.tokens) {
+            ImageTokens { notes, ..tokens }.save(path)?;
         }
+        // JSON holds no name that is not UTF-8 as it is.
+        let files: Vec<Cow<str>> =
+            job.files.pictures.iter().chain(&job.files.tokens).map(|file| file.to_string_lossy()).collect();
         let t = result.timings;
         progress.suspend(|| {
-            files.iter().for_each(|file| eprintln!("wrote {}", file.display()));
+            files.iter().for_each(|file| eprintln!("wrote {file}"));
             eprintln!(
                 "encode {:.0} ms, prefill {:.0} ms ({} tokens, {} repeated, {} kept), {} tokens in {:.0} ms \
                  ({:.1} tokens/s), VAE {:.0} ms, total {:.2} s",
@@ -362,11 +397,17 @@ impl Options {
     }
 
     /// Makes the pictures of stored image tokens.
-    fn decode(&self, path: &Path) -> Result<ExitCode> {
-        self.check_outputs()?;
+    fn decode(&self, path: &PathBuf) -> Result<ExitCode> {
         let tokens = ImageTokens::load(path)?;
-        let engine = self.engine()?;
+        let device = self.device.open()?;
+        let (source, options) = self.model()?;
+        let engine = Engine::for_planning(&source, device.info().sm_count, options.clone())?;
         tokens.check_layout(path, &engine.token_layout())?;
+        let files = self.files(None, tokens.images);
+        let mut outputs = OutputFiles::default();
+        files.add_to(&mut outputs);
+        outputs.check([path])?;
+        let engine = load(&source, device, options)?;
         if tokens.model != engine.name() {
             eprintln!("the tokens are of model {:?} and are decoded by {:?}", tokens.model, engine.name());
         }
@@ -380,8 +421,9 @@ impl Options {
         }
         let images = decode_tokens(&engine, &tokens)?;
         let notes = if self.no_metadata { &[][..] } else { &tokens.notes };
-        let files = write_pictures(&self.output, &images, notes)?;
-        files.iter().for_each(|file| eprintln!("wrote {}", file.display()));
+        write_pictures(&files.pictures, &images, notes)?;
+        let files: Vec<Cow<str>> = files.pictures.iter().map(|file| file.to_string_lossy()).collect();
+        files.iter().for_each(|file| eprintln!("wrote {file}"));
         if self.json {
             let (rows, columns) = tokens.grid;
             println!("{}", serde_json::json!({ "files": files, "rows": rows, "columns": columns }));
@@ -389,18 +431,19 @@ impl Options {
         Ok(ExitCode::SUCCESS)
     }
 
-    /// Says before the work that something could not be written, or would be written over.
-    fn check_outputs(&self) -> Result<()> {
-        check_output(&self.output)?;
-        for (option, path) in [("preview", &self.preview), ("save-tokens", &self.save_tokens)] {
-            let Some(path) = path else { continue };
-            check_output(path)?;
-            if *path == self.output {
-                let reason = format!("{} is the name of the picture too", path.display());
-                return Err(Error::request(option, reason).into());
-            }
+    /// Where the pictures of a prompt and their tokens go.
+    fn files(&self, prompt: Option<usize>, images: usize) -> Files {
+        let place = |path: &Path| prompt.map_or_else(|| path.to_path_buf(), |n| with_number(path, n));
+        let tokens = self.save_tokens.as_ref().map(|path| with_ending(path, "safetensors"));
+        Files {
+            pictures: all_numbered(&place(&self.output), images),
+            tokens: tokens.map(|path| place(&path)),
         }
-        Ok(())
+    }
+
+    /// Where previews go: those of the next prompt take the place of the last one's.
+    fn preview_files(&self, images: usize) -> Vec<PathBuf> {
+        self.preview.iter().flat_map(|path| all_numbered(path, images)).collect()
     }
 
     /// What was given, over the preset's or the model's defaults.
@@ -435,7 +478,8 @@ impl Options {
             sampler: self.sampler,
             steps: self.steps,
             guidance_scale: self.cfg,
-            image_guidance_scale: edit.and_then(|edit| edit.cfg_img),
+            // An editing model or preset has a default that without a picture guides towards nothing.
+            image_guidance_scale: edit.map_or(Some(1.0), |edit| edit.cfg_img),
             guidance_schedule: self.cfg_schedule,
             timesteps_shift: self.shift,
             noise_level: self.noise_level,
@@ -451,12 +495,14 @@ impl Options {
 
     /// Pictures that show `rows` of `of` rows of tokens, if they are wanted. They carry that and no parameters.
     fn write_previews(&self, images: &[RgbImage], (rows, of): (usize, usize)) -> Result<()> {
-        let Some(path) = &self.preview else { return Ok(()) };
+        if self.preview.is_none() {
+            return Ok(());
+        }
         let label = Metadata {
             parameters: format!("Preview: {rows} of {of} rows of image tokens"),
             json: serde_json::json!({ "preview": { "rows": rows, "of": of } }).to_string(),
         };
-        write_pictures(path, images, &vec![label; images.len()]).map(drop)
+        write_pictures(&self.preview_files(images.len()), images, &vec![label; images.len()])
     }
 
     /// What the PNG remembers: enough to make this image again by itself.
@@ -468,10 +514,13 @@ impl Options {
         index: u32,
     ) -> Metadata {
         let alone = request.single(index);
+        let device = engine.device_info();
         let mut json = serde_json::json!({
             "version": env!("CARGO_PKG_VERSION"),
             "model": engine.name(),
-            "device": engine.device_info().name,
+            "device": device.name,
+            // Sums are split among so many, and rounded where they are.
+            "sm_count": device.sm_count,
             "emulator": build_kind(),
             "precision": format!("{:?}", self.precision).to_lowercase(),
             "kernels": self.device.kernels,
@@ -484,14 +533,17 @@ impl Options {
     }
 }
 
-/// Writes pictures, numbered where there are several, with what each remembers; returns their names.
-fn write_pictures(path: &Path, images: &[RgbImage], notes: &[Metadata]) -> Result<Vec<PathBuf>> {
-    let write = |(index, image): (usize, &RgbImage)| {
-        let path = numbered(path, index, images.len());
-        write_png(&path, image, notes.get(index))?;
-        Ok(path)
-    };
-    images.iter().enumerate().map(write).collect()
+/// The names of `count` pictures.
+fn all_numbered(path: &Path, count: usize) -> Vec<PathBuf> {
+    (0..count).map(|index| numbered(path, index, count)).collect()
+}
+
+/// Writes pictures with what each remembers.
+fn write_pictures(files: &[PathBuf], images: &[RgbImage], notes: &[Metadata]) -> Result<()> {
+    for (index, (file, image)) in files.iter().zip(images).enumerate() {
+        write_png(file, image, notes.get(index))?;
+    }
+    Ok(())
 }
 
 fn sizes(plan: &Plan) -> String {

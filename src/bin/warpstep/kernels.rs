@@ -2,16 +2,18 @@
 
 use crate::args::{DeviceArgs, Precision};
 use crate::kernels_bench::KernelsBench;
-use crate::outputs::check_output;
+use crate::outputs::OutputFiles;
 use anyhow::{Result, bail};
 use clap::{Args, Subcommand};
+use std::collections::BTreeSet;
 use std::path::PathBuf;
 use std::process::ExitCode;
 use std::time::Instant;
+use warpstep::Error;
 use warpstep::conformance::{self, Outputs};
 use warpstep::device::cubins;
 use warpstep::ops::harness::{Rig, Scale};
-use warpstep::ops::{self, DType};
+use warpstep::ops::{self, DType, Op};
 
 /// Verbs on kernels.
 #[derive(Subcommand)]
@@ -36,6 +38,7 @@ pub struct List {
 
 /// Options of `kernels test`.
 #[derive(Args)]
+#[command(mut_arg("kernels", |kernels| kernels.hide(true)))]
 pub struct Test {
     /// Only this op.
     #[arg(long)]
@@ -75,6 +78,7 @@ pub struct Test {
 
 /// Options of `kernels conformance`.
 #[derive(Args)]
+#[command(mut_arg("kernels", |kernels| kernels.hide(true)))]
 pub struct Conformance {
     /// Only this unit.
     #[arg(long)]
@@ -151,7 +155,10 @@ impl Conformance {
             conformance::UNITS.iter().for_each(|unit| println!("{}", unit.name));
             return Ok(ExitCode::SUCCESS);
         }
-        self.out.iter().try_for_each(|path| check_output(path))?;
+        self.device.refuse_kernels("conformance is of the device; it runs no variant of an op")?;
+        let mut files = OutputFiles::default();
+        files.add("out", &self.out);
+        files.check(&self.against)?;
         let device = self.device.open()?;
         let kept = self.against.as_deref().map(Outputs::load).transpose()?;
         let only = self.unit.as_deref().map(conformance::find).transpose()?;
@@ -214,11 +221,11 @@ impl Test {
             "real" => Scale::Real,
             _ => Scale::Medium,
         };
-        if let Some(name) = &self.op {
-            let op = ops::find(name)?;
-            if let Some(variant) = &self.variant {
-                op.variant(variant)?;
-            }
+        self.device.refuse_kernels("every variant is tested here; --op and --variant choose among them")?;
+        let only = self.op.as_deref().map(ops::find).transpose()?;
+        let of_op = |op: &&&Op| only.is_none_or(|only| only.name == op.name);
+        if let Some(variant) = &self.variant {
+            check_variant(variant, ops::registry().iter().filter(of_op))?;
         }
         let dtype = self.precision.map(DType::from);
         let device = self.device.open()?;
@@ -231,7 +238,7 @@ impl Test {
             device.clone()
         };
         let (mut passed, mut failed) = (0, 0);
-        for op in ops::registry().iter().filter(|op| self.op.as_ref().is_none_or(|n| n == op.name)) {
+        for op in ops::registry().iter().filter(of_op) {
             for case in (op.cases)() {
                 let wanted = self.variant.as_ref().is_none_or(|v| v == case.variant)
                     && dtype.is_none_or(|d| d == case.dtype)
@@ -281,7 +288,22 @@ impl Test {
                 }
             }
         }
+        if passed + failed == 0 {
+            let reason =
+                format!("no case of scale {} is of this op, variant, precision and label", self.scale);
+            bail!(Error::request("case", reason));
+        }
         println!("{passed} passed, {failed} failed");
-        Ok(if failed == 0 && passed > 0 { ExitCode::SUCCESS } else { ExitCode::FAILURE })
+        Ok(if failed == 0 { ExitCode::SUCCESS } else { ExitCode::FAILURE })
     }
+}
+
+/// Refuses a variant that none of the ops has.
+fn check_variant<'a>(name: &str, ops: impl Iterator<Item = &'a &'static Op>) -> Result<()> {
+    let known: BTreeSet<&str> = ops.flat_map(|op| op.variants).map(|variant| variant.name).collect();
+    if known.contains(name) {
+        return Ok(());
+    }
+    let known: Vec<&str> = known.into_iter().collect();
+    Err(Error::request("variant", format!("unknown variant {name:?}; known: {}", known.join(", "))).into())
 }

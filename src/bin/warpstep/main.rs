@@ -1,6 +1,10 @@
 //! The `warpstep` command: one file per verb. Human text goes to stderr, machine output to stdout.
 //! Exit codes: 0 done, 1 failure, 2 usage, 130 cancelled.
 
+// First, so that its macros stand in front of the standard library's everywhere.
+#[macro_use]
+mod console;
+
 mod args;
 mod bench;
 mod complete;
@@ -20,6 +24,7 @@ mod think;
 mod verify;
 
 use clap::{Parser, Subcommand};
+use std::io::Write;
 use std::process::ExitCode;
 use warpstep::Error;
 
@@ -51,9 +56,17 @@ enum Verb {
     Doctor(doctor::Doctor),
 }
 
+/// Prints help, version or a usage error and ends the program. clap itself would hide that help could not be printed.
+fn not_run(error: &clap::Error) -> ! {
+    let printed = error.print().and_then(|()| std::io::stdout().flush());
+    if !error.use_stderr() {
+        console::written(printed);
+    }
+    std::process::exit(error.exit_code())
+}
+
 fn main() -> ExitCode {
-    // clap prints usage errors itself and exits with 2.
-    let cli = Cli::parse();
+    let cli = Cli::try_parse().unwrap_or_else(|error| not_run(&error));
     let result = match cli.verb {
         Verb::Generate(verb) => verb.run(),
         Verb::Edit(verb) => verb.run(),

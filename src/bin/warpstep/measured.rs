@@ -1,7 +1,7 @@
 //! What both benches share: how much effort, where the report goes, and what is said of the machine.
 
 use crate::args::DeviceArgs;
-use crate::outputs::check_output;
+use crate::outputs::OutputFiles;
 use anyhow::{Context, Result};
 use clap::{Args, ValueEnum};
 use std::path::{Path, PathBuf};
@@ -52,7 +52,9 @@ pub struct Measured {
 impl Measured {
     /// Says before the work, not after it, that the report could not be written.
     pub fn check(&self) -> Result<()> {
-        self.output.iter().try_for_each(|path| check_output(path))
+        let mut files = OutputFiles::default();
+        files.add("output", &self.output);
+        files.check([])
     }
 
     /// The form that was asked for.

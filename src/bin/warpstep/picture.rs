@@ -30,11 +30,11 @@ fn parse_resize(text: &str) -> Result<ResizeMode, String> {
     }
 }
 
-/// Reads a PNG, JPEG or WebP file. Whether its size will do is for the model to say.
+/// Reads a PNG, JPEG or WebP file, whose name is in every error. Whether its size will do is for the model to say.
 pub fn read_picture(path: &Path, resize: Option<ResizeMode>) -> Result<RgbImage> {
     let image = load_image(path, &ImageLimits::default())?;
     Ok(match resize {
-        Some(mode) => prepare(&image, mode)?,
+        Some(mode) => prepare(&image, mode).with_context(|| format!("picture {}", path.display()))?,
         None => image,
     })
 }

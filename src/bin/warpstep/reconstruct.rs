@@ -2,17 +2,18 @@
 
 use crate::args::{DeviceArgs, Precision};
 use crate::loading::{LoadArgs, load};
-use crate::outputs::{check_output, numbered};
+use crate::outputs::{OutputFiles, numbered};
 use crate::picture::{PictureArgs, expand_folders, read_picture};
 use anyhow::{Context, Result};
 use clap::Args;
 use std::path::PathBuf;
 use std::process::ExitCode;
 use std::sync::Arc;
-use warpstep::engine::{EngineOptions, ModelSource};
+use warpstep::Error;
+use warpstep::engine::{Engine, EngineOptions, ModelSource};
 use warpstep::image::write_png;
 use warpstep::metrics::{psnr, ssim};
-use warpstep::reconstruct::{ChannelStats, LatentNoise, reconstruct};
+use warpstep::reconstruct::{ChannelStats, LatentNoise, plan_reconstruction, reconstruct};
 
 /// Encode and decode pictures; print PSNR and SSIM (11x11 Gaussian window), and the latents' statistics.
 ///
@@ -33,16 +34,16 @@ pub struct Reconstruct {
     #[arg(long, value_name = "SIGMA", default_value_t = 0.0)]
     noise: f32,
 
-    /// Seed of that noise.
-    #[arg(long, value_name = "U64", default_value_t = 0)]
-    seed: u64,
+    /// Seed of that noise [default: 0].
+    #[arg(long, value_name = "U64")]
+    seed: Option<u64>,
 
     /// Checkpoint folder in the official layout [default: the demo model inside this program].
     #[arg(long, value_name = "DIR")]
     model: Option<PathBuf>,
 
     /// VAE folder [default: what config.json names, else vae/ in the model folder].
-    #[arg(long, value_name = "DIR")]
+    #[arg(long, value_name = "DIR", requires = "model")]
     vae: Option<PathBuf>,
 
     /// Element type of weights and activations.
@@ -70,8 +71,9 @@ pub struct Reconstruct {
 /// One picture's figures.
 #[derive(serde::Serialize)]
 struct Row {
-    image: PathBuf,
-    file: PathBuf,
+    // JSON holds no name that is not UTF-8 as it is.
+    image: String,
+    file: String,
     psnr_db: f64,
     ssim: f64,
     channels: Vec<ChannelStats>,
@@ -80,7 +82,9 @@ struct Row {
 impl Reconstruct {
     /// Runs the verb.
     pub fn run(self) -> Result<ExitCode> {
-        check_output(&self.output)?;
+        if self.seed.is_some() && self.noise == 0.0 {
+            return Err(Error::request("seed", "has no effect without --noise").into());
+        }
         let source = match &self.model {
             Some(dir) => ModelSource::Dir(dir.clone()),
             None => ModelSource::Demo,
@@ -91,20 +95,33 @@ impl Reconstruct {
             kernels: self.device.selection()?,
             ..self.loading.options()
         };
-        let engine = Arc::new(load(&source, self.device.open()?, options)?);
-        let noise = LatentNoise { sigma: self.noise, seed: self.seed };
+        let noise = LatentNoise { sigma: self.noise, seed: self.seed.unwrap_or(0) };
         let images = expand_folders(&self.images)?;
+        let read = |path: &PathBuf| read_picture(path, self.pictures.resize);
+        let about = |path: &PathBuf| format!("picture {}", path.display());
+        let device = self.device.open()?;
+        // What is wrong with a picture is said before weights are read, which may take minutes, and before the first
+        // one's work. Pictures are read again later: a folder of them need not fit the memory.
+        let engine = Engine::for_planning(&source, device.info().sm_count, options.clone())?;
+        for path in &images {
+            let image = read(path)?;
+            plan_reconstruction(&engine, &image, noise).with_context(|| about(path))?;
+        }
+        let file = |index| numbered(&self.output, index, images.len());
+        let mut files = OutputFiles::default();
+        files.add("output", &(0..images.len()).map(file).collect::<Vec<_>>());
+        files.check(&images)?;
+        let engine = Arc::new(load(&source, device, options)?);
         let mut rows = Vec::new();
         for (index, path) in images.iter().enumerate() {
-            let about = || format!("picture {}", path.display());
-            let image = read_picture(path, self.pictures.resize).with_context(about)?;
-            let made = reconstruct(&engine, &image, noise).with_context(about)?;
-            let file = numbered(&self.output, index, images.len());
+            let image = read(path)?;
+            let made = reconstruct(&engine, &image, noise).with_context(|| about(path))?;
+            let file = file(index);
             write_png(&file, &made.image, None)?;
             eprintln!("wrote {}", file.display());
             rows.push(Row {
-                image: path.clone(),
-                file,
+                image: path.display().to_string(),
+                file: file.display().to_string(),
                 psnr_db: psnr(&image, &made.image)?,
                 ssim: ssim(&image, &made.image)?,
                 channels: made.channels,
@@ -119,10 +136,10 @@ impl Reconstruct {
 }
 
 fn print_table(rows: &[Row]) {
-    let width = rows.iter().map(|row| row.image.display().to_string().len()).max().unwrap_or(0).max(5);
+    let width = rows.iter().map(|row| row.image.chars().count()).max().unwrap_or(0).max(5);
     println!("{:width$}  PSNR dB    SSIM", "image");
     for row in rows {
-        println!("{:width$}  {:7.2}  {:6.4}", row.image.display().to_string(), row.psnr_db, row.ssim);
+        println!("{:width$}  {:7.2}  {:6.4}", row.image, row.psnr_db, row.ssim);
     }
     let mean = |of: &dyn Fn(&Row) -> f64| rows.iter().map(of).sum::<f64>() / rows.len().max(1) as f64;
     if rows.len() > 1 {

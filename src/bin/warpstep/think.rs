@@ -1,9 +1,9 @@
 //! `--think` and `--refine`: the model writes before it draws.
 
+use crate::console::printable;
 use anyhow::Result;
 use clap::Args;
 use serde::Serialize;
-use std::io::Write;
 use warpstep::Error;
 use warpstep::engine::Engine;
 use warpstep::event::{CancelToken, Control, Event};
@@ -32,7 +32,7 @@ pub struct ThinkArgs {
     #[arg(long, value_name = "N", requires = "writing", default_value_t = 256)]
     think_tokens: u32,
 
-    /// Draw what is written instead of taking the most probable token: see `warpstep complete --help`.
+    /// Draw what is written instead of taking the most probable token, unless it is 0: see `warpstep complete --help`.
     #[arg(long, value_name = "F", requires = "writing")]
     think_temperature: Option<f64>,
 }
@@ -81,6 +81,11 @@ impl ThinkArgs {
         }
     }
 
+    /// What the text is drawn with; none where it is greedy, as at temperature 0.
+    fn temperature(&self) -> Option<f64> {
+        self.think_temperature.filter(|&temperature| temperature != 0.0)
+    }
+
     /// Whether the LM head is needed.
     pub fn writes(&self) -> bool {
         self.opening().is_some()
@@ -97,32 +102,37 @@ impl ThinkArgs {
         }
     }
 
-    /// Lets the model write to the caption of `picture`, shows it, and makes it the caption to draw; `None` where it
-    /// was not asked to.
-    pub fn apply(
-        &self,
-        engine: &Engine,
-        session: &mut Session,
-        picture: &mut GenerateRequest,
-    ) -> Result<Option<Thought>> {
-        let Some(opening) = self.opening() else { return Ok(None) };
-        // A request that will be refused is refused before anything is written.
-        engine.plan(picture)?;
+    /// Checks what the model would be asked to write to the caption of `picture`.
+    pub fn plan(&self, engine: &Engine, picture: &GenerateRequest) -> Result<()> {
+        if let Some(opening) = self.opening() {
+            engine.plan_text(&self.request(opening, picture))?;
+        }
+        Ok(())
+    }
+
+    fn request(&self, opening: Opening, picture: &GenerateRequest) -> TextRequest {
         let mut request = TextRequest::new(&picture.prompt);
         request.images = picture.images.clone();
         request.max_tokens = self.think_tokens;
         request.opening = Some(opening);
         request.seed = picture.seed;
-        if let Some(temperature) = self.think_temperature {
+        if let Some(temperature) = self.temperature() {
             let random = RandomSampling { temperature, ..RandomSampling::default() };
             request.sampling = TextSampling::Random(random);
         }
+        request
+    }
+
+    /// Lets the model write to the caption of `picture`, shows it, and makes it the caption to draw; `None` where it
+    /// was not asked to.
+    pub fn apply(&self, session: &mut Session, picture: &mut GenerateRequest) -> Result<Option<Thought>> {
+        let Some(opening) = self.opening() else { return Ok(None) };
+        let request = self.request(opening, picture);
         let [begin, end] = opening.marks();
         eprint!("{begin}");
         let made = session.complete(&request, &CancelToken::new(), &mut |event| {
             if let Event::Text { piece, .. } = event {
-                // Only shown: a closed stderr does not stop the picture.
-                let _ = write!(std::io::stderr(), "{piece}");
+                eprint!("{}", printable(piece));
             }
             Control::Continue
         });
@@ -139,7 +149,7 @@ impl ThinkArgs {
             text: made.text,
             template,
             end: made.end,
-            temperature: self.think_temperature,
+            temperature: self.temperature(),
         }))
     }
 }

@@ -1,10 +1,12 @@
 //! `warpstep verify`: recorded cases of the official code against the engine.
 
 use crate::args::{DeviceArgs, Precision};
+use crate::outputs::OutputFiles;
 use anyhow::{Context, Result};
 use clap::Args;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::process::ExitCode;
+use warpstep::Error;
 use warpstep::ops::DType;
 use warpstep::verify::{Models, Outcome, VerifyOptions, run_case};
 
@@ -44,9 +46,25 @@ pub struct Verify {
     device: DeviceArgs,
 }
 
+/// Says before the work that the folder takes no file, or that the pictures of two cases would be one.
+fn check_pictures(folder: &Path, cases: &[PathBuf]) -> Result<()> {
+    std::fs::create_dir_all(folder).map_err(Error::io(folder))?;
+    let file = |case: &PathBuf| {
+        let mut name = case.file_stem().unwrap_or_default().to_owned();
+        name.push(".png");
+        folder.join(name)
+    };
+    let mut outputs = OutputFiles::default();
+    outputs.add("pictures", &cases.iter().map(file).collect::<Vec<_>>());
+    outputs.check(cases)
+}
+
 impl Verify {
     /// Runs the verb.
     pub fn run(self) -> Result<ExitCode> {
+        if let Some(folder) = &self.pictures {
+            check_pictures(folder, &self.cases)?;
+        }
         let options = VerifyOptions {
             model_root: self.model_root,
             precision: match self.precision.as_str() {

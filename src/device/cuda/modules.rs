@@ -154,7 +154,7 @@ fn check_image(path: &Path, image: &[u8]) -> Result<()> {
         true => Ok(()),
         false => Err(Error::Io {
             path: path.into(),
-            source: std::io::Error::new(
+            cause: std::io::Error::new(
                 std::io::ErrorKind::InvalidData,
                 "not a whole cubin (64-bit ELF image)",
             ),
