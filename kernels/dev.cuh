@@ -48,6 +48,11 @@ static constexpr uint32_t FULL = 0xffffffffu;  // the mask of a whole warp
   extern __shared__ __align__(1024) unsigned char dynamic_smem[]; \
   T* name = reinterpret_cast<T*>(dynamic_smem)
 
+// Which params.h an image was compiled with. Nobody reads it but src/device/cuda/modules.rs, in the image's bytes.
+extern "C" {
+__device__ char warpstep_params[] = "warpstep params.h " WARPSTEP_PARAMS_HASH;
+}
+
 DEV uint32_t tid_x() { return threadIdx.x; }
 DEV uint32_t tid_y() { return threadIdx.y; }
 DEV uint32_t tid_z() { return threadIdx.z; }

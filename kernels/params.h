@@ -361,3 +361,6 @@ typedef struct {
   uint64_t scratch; /* [256] uint32, zero before the launch: flags and counters */
   uint32_t count_in, count_out;
 } ConformanceParams;
+
+/* Of all above, comments and blanks left out (tests/params_drift.rs writes it): images say which structs they take. */
+#define WARPSTEP_PARAMS_HASH "f38fcc2ac4bc9317"

@@ -143,8 +143,14 @@ impl SamplerConfig {
                 format!("has no effect on sampler {}; only sde and cps take it", self.sampler.name());
             return Err(Error::request("noise_level", reason));
         }
-        if self.rescale && branches == Branches::Conditional {
-            return Err(Error::request("rescale", "has no effect without guidance (guidance_scale is 1)"));
+        let given = [
+            ("rescale", self.rescale),
+            ("guidance_schedule", self.guidance_schedule != GuidanceSchedule::Constant),
+        ];
+        if let Some((field, _)) = given.into_iter().find(|&(_, given)| given)
+            && branches == Branches::Conditional
+        {
+            return Err(Error::request(field, "has no effect without guidance (guidance_scale is 1)"));
         }
         Ok(())
     }

@@ -64,6 +64,22 @@ fn readable(generated: &str, header: &str) -> String {
     text
 }
 
+/// What the header says of itself in its last line: FNV-1a over its words, comments left out.
+fn hash_line(header: &str) -> String {
+    let others = header.lines().filter(|line| !line.starts_with(HASH)).collect::<Vec<_>>().join("\n");
+    let (mut code, mut rest) = (String::new(), others.as_str());
+    while let Some((before, comment)) = rest.split_once("/*") {
+        code += &format!("{before} ");
+        rest = comment.split_once("*/").map_or("", |(_, after)| after);
+    }
+    code += rest;
+    let bytes = code.split_whitespace().flat_map(|word| word.bytes().chain([b' ']));
+    let hash = bytes
+        .fold(0xcbf2_9ce4_8422_2325u64, |hash, byte| (hash ^ u64::from(byte)).wrapping_mul(0x0100_0000_01b3));
+    format!("{HASH} \"{hash:016x}\"")
+}
+const HASH: &str = "#define WARPSTEP_PARAMS_HASH";
+
 /// Lines of bindgen's own block of assertions, but for the size.
 fn is_layout_check(line: &str) -> bool {
     ["#[allow(clippy::", "const _: ()", "[\"", "[::core::mem::", "};"]
@@ -98,11 +114,23 @@ fn params_rs_is_what_bindgen_makes_of_params_h() {
 
     let root = Path::new(env!("CARGO_MANIFEST_DIR"));
     let header = root.join("kernels/params.h");
+    let text = std::fs::read_to_string(&header).unwrap();
+    let found = text.lines().find(|line| line.starts_with(HASH)).unwrap_or_default();
+    let wanted = hash_line(&text);
+    if found != wanted {
+        assert!(
+            env::var_os("WARPSTEP_BLESS").is_some(),
+            "kernels/params.h says {found:?} and is {wanted:?}: run \
+             WARPSTEP_BLESS=1 cargo test --release --test params_drift"
+        );
+        std::fs::write(&header, text.replace(found, &wanted)).unwrap();
+    }
     let generated = bindgen::Builder::default()
         .header(header.to_string_lossy())
         // Plain comments count as documentation too.
         .clang_args(["-xc", "-std=c11", "-fparse-all-comments", "-Wno-pragma-once-outside-header"])
         .allowlist_file(".*/kernels/params\\.h")
+        .blocklist_item("WARPSTEP_PARAMS_HASH")
         .use_core()
         .disable_header_comment()
         .parse_callbacks(Box::new(PlainData))

@@ -28,6 +28,20 @@ pub fn cubin(module: &str) -> Option<&'static [u8]> {
     CUBINS.iter().find(|(name, _)| *name == module).map(|(_, image)| *image)
 }
 
+/// What every image of this program's parameter structs holds somewhere: see the end of `kernels/params.h`.
+pub fn params_tag() -> String {
+    format!("{PARAMS_TAG}{}", params_hash(include_str!("../../kernels/params.h")).unwrap_or_default())
+}
+
+/// What stands before the hash in an image (`kernels/dev.cuh`).
+pub(super) const PARAMS_TAG: &str = "warpstep params.h ";
+
+/// The hash that a `params.h` gives itself.
+fn params_hash(header: &str) -> Option<&str> {
+    let line = header.lines().find_map(|line| line.strip_prefix("#define WARPSTEP_PARAMS_HASH \""));
+    line?.strip_suffix('"')
+}
+
 /// What ptxas gave every kernel, by file and then in the file's order; empty without nvcc.
 pub fn resources() -> &'static [KernelResources] {
     static RESOURCES: LazyLock<Vec<KernelResources>> =
@@ -74,6 +88,16 @@ fn read_line(kernel: &mut KernelResources, line: &str) {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn the_images_were_compiled_with_this_params_h() {
+        let tag = params_tag();
+        let hash = tag.strip_prefix(PARAMS_TAG).unwrap();
+        assert!(hash.len() == 16 && hash.bytes().all(|b| b.is_ascii_hexdigit()), "{tag}");
+        for (module, image) in CUBINS {
+            assert!(image.windows(tag.len()).any(|bytes| bytes == tag.as_bytes()), "{module}");
+        }
+    }
 
     const REPORT: &str = "\
 == gemv

@@ -220,7 +220,10 @@ impl RequestFields {
                 } else {
                     base.image_guidance_scale
                 }),
-                guidance_schedule: self.guidance_schedule.unwrap_or(base.guidance_schedule),
+                guidance_schedule: self.guidance_schedule.unwrap_or(match unguided {
+                    true => GuidanceSchedule::Constant,
+                    false => base.guidance_schedule,
+                }),
                 timesteps_shift: self.timesteps_shift.unwrap_or(base.timesteps_shift),
                 noise_level: self.noise_level.or(base.noise_level.filter(|_| sampler.uses_noise_level())),
                 use_norm: self.use_norm.unwrap_or(base.use_norm),

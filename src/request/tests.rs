@@ -201,6 +201,9 @@ fn settings_without_effect_are_refused() {
     }
     sampled(|s| s.rescale = true).validate(&LIMITS).unwrap();
     assert_eq!(field(&sampled(|s| (s.rescale, s.guidance_scale) = (true, 1.0))), "rescale");
+    let linear = GuidanceSchedule::Linear;
+    let unguided = sampled(|s| (s.guidance_schedule, s.guidance_scale) = (linear, 1.0));
+    assert_eq!(field(&unguided), "guidance_schedule");
 }
 
 #[test]

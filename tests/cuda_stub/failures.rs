@@ -2,6 +2,7 @@
 
 use crate::stub::Stub;
 use crate::work::work;
+use std::path::Path;
 use std::sync::Arc;
 use warpstep::device::cuda::{CudaDevice, CudaOptions};
 use warpstep::device::{Device, cubins};
@@ -196,6 +197,13 @@ fn what_is_missing_is_said_in_one_sentence() {
     assert!(CudaDevice::open(other(1)).is_ok());
     let error = CudaDevice::open(other(99)).unwrap_err().to_string();
     assert!(error.contains("device 99 was asked for, and the driver shows 2"), "{error}");
+
+    let folder = tempfile::tempdir().unwrap();
+    let of = |folder: &Path| CudaDevice::open(CudaOptions { cubins: Some(folder.into()), ..stub.options() });
+    let error = of(folder.path()).unwrap_err().to_string();
+    assert!(error.contains("holds no MODULE.cubin"), "{error}");
+    let error = of(&folder.path().join("none")).unwrap_err().to_string();
+    assert!(error.contains("none"), "{error}");
 
     let missing = CudaOptions { library: Some("/nonexistent.so".into()), ..stub.options() };
     let error = CudaDevice::open(missing).unwrap_err().to_string();

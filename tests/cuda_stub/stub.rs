@@ -7,6 +7,7 @@ use std::process::Command;
 use std::sync::OnceLock;
 use std::sync::atomic::{AtomicUsize, Ordering};
 use warpstep::conformance;
+use warpstep::device::cubins;
 use warpstep::device::cuda::{CudaDevice, CudaOptions};
 use warpstep::device::emulated::kernel_params_bytes;
 use warpstep::ops;
@@ -69,6 +70,7 @@ fn write_images(conformance: &[&'static str]) -> tempfile::TempDir {
             image.extend(format!("{symbol} {bytes}\n").bytes());
         }
         image.push(0);
+        image.extend(cubins::params_tag().bytes());
         std::fs::write(folder.path().join(module).with_extension("cubin"), image).unwrap();
     }
     folder

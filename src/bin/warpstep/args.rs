@@ -36,7 +36,8 @@ pub struct DeviceArgs {
     #[arg(long, default_value = "auto", value_parser = parse_device)]
     pub device: DeviceChoice,
 
-    /// Folder of MODULE.cubin files to run on a GPU instead of the ones inside this program.
+    /// Folder of MODULE.cubin files to run on a GPU instead of those of the same names inside this program, compiled with
+    /// the same kernels/params.h: kernels/README.md says how.
     #[arg(long, value_name = "DIR")]
     pub cubins: Option<PathBuf>,
 

@@ -39,8 +39,8 @@ pub struct CudaOptions {
     pub ordinal: u32,
     /// The driver's library; default: the installed `libcuda.so.1`. Tests put a stub here.
     pub library: Option<PathBuf>,
-    /// Folder of `MODULE.cubin` files to use instead of the embedded images: kernels can be changed on a machine
-    /// without Rust.
+    /// Folder of `MODULE.cubin` files to use instead of the embedded images of the same names: kernels can be changed on
+    /// a machine without Rust (kernels/README.md). They must be compiled with this program's `params.h`.
     pub cubins: Option<PathBuf>,
     /// Let kernels that are built for it start before their predecessors end. Off, every edge waits for the end.
     pub dependent_launch: bool,
@@ -185,6 +185,7 @@ impl CudaDevice {
                     .into(),
             ));
         }
+        options.cubins.as_deref().map_or(Ok(()), modules::check_folder)?;
         Ok(CudaDevice { shared: Arc::new(Shared::new(driver, options, facts, device)?) })
     }
 

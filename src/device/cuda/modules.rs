@@ -9,6 +9,7 @@ use crate::device::{KernelId, Node, cubins};
 use crate::error::{Error, Result};
 use std::collections::HashMap;
 use std::ffi::CString;
+use std::io::ErrorKind;
 use std::path::Path;
 
 /// Loaded modules and functions of one context.
@@ -118,20 +119,53 @@ fn load_module(shared: &Shared, kernel: KernelId) -> Result<Module> {
     let image = match &shared.options.cubins {
         Some(folder) => {
             let path = folder.join(kernel.module).with_extension("cubin");
-            read = std::fs::read(&path).map_err(Error::io(&path))?;
-            check_image(&path, &read)?;
-            read.as_slice()
+            match std::fs::read(&path) {
+                // The folder holds what was changed.
+                Err(error) if error.kind() == ErrorKind::NotFound => embedded(kernel)?,
+                file => {
+                    read = file.map_err(Error::io(&path))?;
+                    check_image(&path, &read)?;
+                    read.as_slice()
+                }
+            }
         }
-        None => cubins::cubin(kernel.module).ok_or_else(|| Error::Launch {
-            kernel: kernel.symbol.into(),
-            reason: format!("this build embeds no GPU image of kernels/{}.cu", kernel.module),
-        })?,
+        None => embedded(kernel)?,
     };
     let mut module = Module::NULL;
     // SAFETY: `image` is a whole ELF image, as the driver finds its end from its own header; the driver copies it.
     let status = unsafe { shared.driver.cuModuleLoadData(&mut module, image.as_ptr().cast()) };
     shared.check_launch(status, kernel.symbol)?;
     Ok(module)
+}
+
+fn embedded(kernel: KernelId) -> Result<&'static [u8]> {
+    cubins::cubin(kernel.module).ok_or_else(|| Error::Launch {
+        kernel: kernel.symbol.into(),
+        reason: format!("this build embeds no GPU image of kernels/{}.cu", kernel.module),
+    })
+}
+
+/// Refuses a folder in which no image is one of this program's.
+pub fn check_folder(folder: &Path) -> Result<()> {
+    let mut found = Vec::new();
+    for entry in std::fs::read_dir(folder).map_err(Error::io(folder))? {
+        let path = entry.map_err(Error::io(folder))?.path();
+        if path.extension().is_some_and(|ending| ending == "cubin") {
+            found.extend(path.file_stem().map(|stem| stem.to_string_lossy().into_owned()));
+        }
+    }
+    // A build without nvcc knows none.
+    let known = |name: &String| cubins::CUBINS.is_empty() || cubins::cubin(name).is_some();
+    match found.iter().any(known) {
+        true => Ok(()),
+        false => {
+            Err(invalid(folder, format!("holds no MODULE.cubin of this program's kernels, but {found:?}")))
+        }
+    }
+}
+
+fn invalid(path: &Path, reason: String) -> Error {
+    Error::Io { path: path.into(), cause: std::io::Error::new(ErrorKind::InvalidData, reason) }
 }
 
 /// The driver is given an address and no length, so that a file cut short would be read past its end.
@@ -150,15 +184,18 @@ fn check_image(path: &Path, image: &[u8]) -> Result<()> {
         && image.len() >= 64
         && table(0x20, 0x36, 0x38).is_some()
         && table(0x28, 0x3a, 0x3c).is_some();
-    match whole {
+    if !whole {
+        return Err(invalid(path, "not a whole cubin (64-bit ELF image)".into()));
+    }
+    // Structs of the same size with other fields would have kernels write anywhere.
+    let tag = cubins::params_tag();
+    let holds = |text: &str| image.windows(text.len()).any(|bytes| bytes == text.as_bytes());
+    match holds(&tag) {
         true => Ok(()),
-        false => Err(Error::Io {
-            path: path.into(),
-            cause: std::io::Error::new(
-                std::io::ErrorKind::InvalidData,
-                "not a whole cubin (64-bit ELF image)",
-            ),
-        }),
+        false if holds(cubins::PARAMS_TAG) => {
+            Err(invalid(path, format!("compiled with another kernels/params.h; this program's is {tag:?}")))
+        }
+        false => Err(invalid(path, format!("does not say {tag:?}, so it was not compiled from kernels/"))),
     }
 }
 
@@ -170,14 +207,20 @@ mod tests {
     fn a_cubin_cut_short_is_refused_before_the_driver_sees_it() {
         let check = |image: &[u8]| check_image(Path::new("x.cubin"), image).is_ok();
         let mut header = vec![0u8; 64];
+        let with_tag = |image: &[u8]| [image, cubins::params_tag().as_bytes()].concat();
         header[..6].copy_from_slice(b"\x7fELF\x02\x01");
-        assert!(check(&header));
+        assert!(check(&with_tag(&header)));
         assert!(!check(&header[..63]) && !check(b"\x7fELF") && !check(b"") && !check(&[0; 64]));
         // One section header of 64 bytes at offset 64, which is the end.
         (header[0x28], header[0x3a], header[0x3c]) = (64, 64, 1);
         assert!(!check(&header));
         header.resize(128, 0);
-        assert!(check(&header));
+        assert!(check(&with_tag(&header)));
+        // Of other structs, or of none that are known.
+        let other = [&header[..], cubins::PARAMS_TAG.as_bytes(), b"0123456789abcdef"].concat();
+        let refused = |image: &[u8]| check_image(Path::new("x.cubin"), image).unwrap_err().to_string();
+        assert!(refused(&other).contains("another kernels/params.h"), "{}", refused(&other));
+        assert!(refused(&header).contains("not compiled from kernels/"), "{}", refused(&header));
         for (module, image) in cubins::CUBINS {
             assert!(check(image), "{module}");
             assert!(!check(&image[..image.len() - 1]), "{module}");
