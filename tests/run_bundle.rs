@@ -112,7 +112,7 @@ fn a_machine_on_which_all_is_well_runs_every_step_once_and_in_order() {
     assert!(steps.iter().all(|(_, state)| state == "passed"), "{steps:?}");
     let expected = "gpu doctor conformance kernels cases picture picture-right picture-again picture-same-bytes \
                     picture-full-edges picture-same-full-edges graphs graphs-full-edges graphs-same-bits kernels-14b \
-                    memcheck-embed memcheck-qkv memcheck-down bench soak try-carveout try-ring try-both bench-kernels \
+                    memcheck-embed memcheck-qkv memcheck-down bench soak try-carveout try-no-ahead try-ring try-both bench-kernels \
                     racecheck-embed racecheck-qkv racecheck-down synccheck-embed synccheck-qkv synccheck-down \
                     initcheck-embed initcheck-qkv initcheck-down";
     assert_eq!(machine.names().join(" "), expected);

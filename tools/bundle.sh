@@ -35,6 +35,20 @@ printf '%s\n' "$WARPSTEP_COMMIT" >"$stage"/bundle/COMMIT
 cp -R tests/golden "$stage"/bundle/golden
 # Cases whose model is not in tests/golden, or only in part: they cannot run from here.
 rm -rf "$stage"/bundle/golden/{gqa5-b,demo128} "$stage"/bundle/golden/cases/{*gqa5-b*,demo_*}
+# What may make tokens faster or slower, for its step in run.sh: products that ask for nothing ahead of the next ones.
+cp -R kernels "$stage"/kernels
+sed --in-place 's/kNextSteps = 8;/kNextSteps = 0;/' "$stage"/kernels/stream.cuh
+if cmp --quiet kernels/stream.cuh "$stage"/kernels/stream.cuh; then
+    echo "kernels/stream.cuh has no kNextSteps = 8 to leave out" >&2
+    exit 1
+fi
+mkdir "$stage"/bundle/try-no-ahead
+nvcc=${NVCC:-.cuda/nvidia/cu13/bin/nvcc}
+for op in qkv o_proj gate_up down; do
+    "$nvcc" -std=c++20 -O3 --expt-relaxed-constexpr -cubin -gencode=arch=compute_90a,code=sm_90a -I "$stage"/kernels \
+        "$stage"/kernels/$op.cu -o "$stage"/bundle/try-no-ahead/$op.cubin
+done
+
 # Packed, because the emulated kernels in the binary take half the room that way.
 tar --create --gzip --file .dist/bundle.tar.gz --directory "$stage" bundle
 cp tools/run-bundle.sh .dist/run.sh

@@ -186,7 +186,9 @@ fi
 
 on=(--device "$device")
 [[ -z $full_edges ]] || on+=(--no-dependent-launch)
-whole=(--device "$device" --no-dependent-launch)
+whole=(--device "$device")
+# The emulated device has no dependent launches to leave out.
+[[ $device != cuda ]] || whole+=(--no-dependent-launch)
 at_fault() { # WHAT is right without dependent launches only: all that follows does without them
     [[ -z $full_edges ]] || return
     full_edges=yes
@@ -275,6 +277,9 @@ carveout=()
 rings=()
 for op in qkv o_proj gate_up down out_proj linear; do rings+=(--kernel "$op=ring"); done
 step try-carveout 60 "$warpstep" "${token[@]}" "${carveout[@]}" --output "$stem-carveout.json"
+ahead=()
+[[ $device == cuda ]] && ahead=(--cubins "$bundle/try-no-ahead")
+step try-no-ahead 60 "$warpstep" "${token[@]}" "${ahead[@]}" --output "$stem-no-ahead.json"
 step try-ring 60 "$warpstep" "${token[@]}" "${rings[@]}" --output "$stem-ring.json"
 step try-both 60 "$warpstep" "${token[@]}" "${carveout[@]}" "${rings[@]}" --output "$stem-both.json"
 
