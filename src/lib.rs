@@ -48,6 +48,7 @@
 //! last request, overwritten but for the prompts' keys and values, until a request of another shape or
 //! [`session::Session::forget`]. A text takes what [`engine::Engine::plan_text`] says beside it while it is completed.
 #![warn(missing_docs)]
+#![warn(clippy::undocumented_unsafe_blocks)]
 
 pub mod bench;
 pub mod conformance;

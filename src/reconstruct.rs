@@ -78,8 +78,7 @@ pub fn reconstruct(engine: &Engine, image: &RgbImage, noise: LatentNoise) -> Res
     };
     encoder.record_tokens(&launch, &mut list, &encoded, &outputs)?;
     stream.upload(encoded.pixels.ptr, &encode(dtype, VaeEncoder::pixel_values(image)).0)?;
-    let executable = stream.instantiate(Arc::new(list))?;
-    stream.replay(executable.as_ref())?;
+    run(stream.as_mut(), list)?;
     let mut raw = vec![0; bytes];
     stream.download(tokens.ptr(), &mut raw)?;
     let mut values = decode(dtype, &raw);
@@ -141,10 +140,17 @@ pub fn decode_tokens(engine: &Engine, tokens: &ImageTokens) -> Result<Vec<RgbIma
     pictures(stream.as_mut(), list, &decoded)
 }
 
+/// Enqueues the nodes of the model's encoder or decoder.
+fn run(stream: &mut dyn Stream, list: NodeList) -> Result<()> {
+    // SAFETY: over the weights of the engine's model and an arena and tokens of the sizes that the two plan, on the
+    // engine's device; the callers hold all of it until they have the results. No tables.
+    let executable = unsafe { stream.instantiate(Arc::new(list)) }?;
+    stream.replay(executable.as_ref())
+}
+
 /// Runs a decoder's nodes and brings its pictures to the host.
 fn pictures(stream: &mut dyn Stream, list: NodeList, decoded: &Decoded) -> Result<Vec<RgbImage>> {
-    let executable = stream.instantiate(Arc::new(list))?;
-    stream.replay(executable.as_ref())?;
+    run(stream, list)?;
     decoded.download(stream)
 }
 

@@ -3,9 +3,13 @@
 //! `vae_psz2` is part of the repository; the other recorded cases are checked where the fixtures' folder lies
 //! beside the checkout.
 
+#[path = "support/streams.rs"]
+mod streams;
+
 use safetensors::SafeTensors;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
+use streams::TestStream;
 use warpstep::device::emulated::{EmulatedDevice, EmulatedOptions, ReplayOrder};
 use warpstep::device::{Device, NodeList, Stream};
 use warpstep::model::config::VaeConfig;
@@ -92,7 +96,7 @@ impl Rigged {
             self.decoder.record_latent(&launch, &mut list, images, size, arena.span(), true).unwrap();
         self.stream.upload(decoded.latent.ptr, &encode(self.dtype, latent.to_vec()).0).unwrap();
         for (index, node) in list.nodes().iter().enumerate() {
-            self.stream.launch(node).unwrap();
+            self.stream.start(node).unwrap();
             for found in decoded.taps.iter().filter(|t| t.node == index) {
                 assert_eq!(found.label, node.label);
                 let values = self.read(found.span);
@@ -127,7 +131,7 @@ impl Rigged {
         let mut list = NodeList::new();
         let span = source.span();
         let decoded = self.decoder.record(&launch, &mut list, span, images, grid, arena.span()).unwrap();
-        let executable = self.stream.instantiate(Arc::new(list)).unwrap();
+        let executable = self.stream.prepare(list).unwrap();
         self.stream.replay(executable.as_ref()).unwrap();
         let latent = self.read(decoded.latent);
         let (image, rgb) = self.outputs(&decoded);
@@ -449,7 +453,7 @@ fn check_encoder(
     let short = arena.span().slice(0, arena.bytes() - 256);
     assert!(encoder.record(&launch, &mut NodeList::new(), (height, width), short, false).is_err());
     stream.upload(encoded.pixels.ptr, &bytes).unwrap();
-    let executable = stream.instantiate(Arc::new(list)).unwrap();
+    let executable = stream.prepare(list).unwrap();
     stream.replay(executable.as_ref()).unwrap();
     let mut got = vec![0; encoded.moments.bytes];
     stream.download(encoded.moments.ptr, &mut got).unwrap();

@@ -1,6 +1,7 @@
 //! What the card can do at best, measured in the same run as everything that is compared with it: a copy, a
 //! read-only stream and a large bf16 product, each by kernels of our own.
 
+use super::launch;
 use super::samples::{Effort, Row, time};
 use crate::device::{Buffer, Device, Node, Stream};
 use crate::error::{Error, Result};
@@ -73,12 +74,12 @@ pub(super) fn random_buffer(
     random: Random,
 ) -> Result<Buffer> {
     let buffer = device.alloc(bytes, label)?;
-    stream.launch(&bench::fill(device.info().sm_count, dtype, buffer.span(), random)?)?;
+    launch(stream, &bench::fill(device.info().sm_count, dtype, buffer.span(), random)?)?;
     Ok(buffer)
 }
 
 fn launches(stream: &mut dyn Stream, effort: &Effort, node: &Node) -> Result<Vec<f64>> {
-    time(stream, effort, &mut |_| Ok(()), &mut |stream| stream.launch(node))
+    time(stream, effort, &mut |_| Ok(()), &mut |stream| launch(stream, node))
 }
 
 fn streams(device: &Arc<dyn Device>, effort: &Effort, bytes: usize) -> Result<(Row, Row)> {

@@ -198,7 +198,7 @@ struct Part {
 
 fn part(run: &mut Run, list: NodeList, context: usize) -> Result<Part> {
     let (kernels, ops) = (kernels_of(&list), count(run, &list, context));
-    Ok(Part { executable: run.stream().instantiate(Arc::new(list))?, kernels, ops })
+    Ok(Part { executable: run.instantiate(list)?, kernels, ops })
 }
 
 /// Random values in the cache and the residual rows, so that a position can be timed without making all tokens
@@ -208,7 +208,7 @@ fn fill_state(device: &Arc<dyn Device>, run: &mut Run) -> Result<()> {
     let (cache, x, dtype) = (*run.cache(), run.buffers().decode.x, run.dtype());
     let random = |seed| Random { seed, mean: 0.0, deviation: 1.0 };
     for (seed, span, dtype) in [(11, cache.keys, dtype), (12, cache.values, dtype), (13, x, DType::F32)] {
-        run.stream().launch(&bench::fill(sms, dtype, span, random(seed))?)?;
+        run.enqueue(&bench::fill(sms, dtype, span, random(seed))?)?;
     }
     run.stream().synchronize()
 }
@@ -328,7 +328,7 @@ fn lm_head(device: &Arc<dyn Device>, model: &NextStep, options: &Options) -> Res
     let launch = Launch { selection: &options.kernels, dtype, sm_count, dependent: true };
     let node = ops::lm_head::node(&launch, "bench.lm_head", &args)?;
     let samples_ms =
-        time(stream.as_mut(), &options.effort, &mut |_| Ok(()), &mut |stream| stream.launch(&node))?;
+        time(stream.as_mut(), &options.effort, &mut |_| Ok(()), &mut |stream| super::launch(stream, &node))?;
     Ok(Row {
         variant: node.kernel.symbol.into(),
         dtype: dtype.name().into(),
@@ -424,7 +424,7 @@ fn pictures(
     let random = Random { seed: 21, mean: 0.0, deviation: 1.0 };
     let latents = run.buffers().tokens;
     let dtype = run.dtype();
-    run.stream().launch(&bench::fill(sms, dtype, latents, random)?)?;
+    run.enqueue(&bench::fill(sms, dtype, latents, random)?)?;
     let samples_ms = time(run.stream(), &options.effort, &mut |_| Ok(()), &mut |stream| {
         stream.replay(image.executable.as_ref())
     })?;

@@ -7,6 +7,17 @@
 //! lengths live in device memory.
 //!
 //! This module knows nothing of models or ops.
+//!
+//! # What is unsafe
+//!
+//! A kernel does what its parameters and the tables in device memory tell it to, with addresses that are plain numbers,
+//! and no device can check that: on the emulated one a wrong number is an access to any memory of the process. Nodes
+//! are data, which anybody may make; to run one is unsafe ([`Stream::launch`], [`Stream::instantiate`],
+//! [`Executable::set_params`]), and the three ask for the same promise. What they check (parameter structs of the right
+//! size, declared spans in live memory) finds mistakes and replaces none of it.
+//!
+//! Handing out memory that is not there, or twice, would break every such promise: a [`Device`] is unsafe to implement,
+//! and a [`Buffer`] unsafe to make.
 
 pub mod cubins;
 pub mod cuda;
@@ -53,7 +64,11 @@ pub struct Buffer {
 
 impl Buffer {
     /// Wraps memory that `owner` frees on drop. For device implementations.
-    pub fn new(ptr: DevicePtr, bytes: usize, owner: Arc<dyn Any + Send + Sync>) -> Buffer {
+    ///
+    /// # Safety
+    /// The range is memory of the device, 256-byte aligned, that nobody else has and that stays until `owner` is
+    /// dropped; of a device that runs no kernel it may be addresses alone.
+    pub unsafe fn new(ptr: DevicePtr, bytes: usize, owner: Arc<dyn Any + Send + Sync>) -> Buffer {
         Buffer { ptr, bytes, _owner: owner }
     }
 
@@ -95,7 +110,11 @@ pub struct DeviceInfo {
 }
 
 /// A GPU, or something that behaves like one. Shared freely between threads.
-pub trait Device: Send + Sync {
+///
+/// # Safety
+/// Buffers of [`alloc`](Self::alloc) are as [`Buffer::new`] wants them, for the streams of [`stream`](Self::stream),
+/// and what is enqueued there does as asked: launches run in order, over what they were given.
+pub unsafe trait Device: Send + Sync {
     /// Static facts.
     fn info(&self) -> DeviceInfo;
 
@@ -174,10 +193,27 @@ pub trait Stream: Send {
     }
 
     /// Enqueues one node.
-    fn launch(&mut self, node: &Node) -> Result<()>;
+    ///
+    /// # Safety
+    /// Until the launch has ended (the stream was waited for, or the device is in error):
+    ///
+    /// * Kernel, geometry and parameter struct belong together.
+    /// * Every address in the parameters is one of memory of this device that is not freed, and large enough for all
+    ///   that the kernel does there with these parameters and with the contents of the tables that it reads: positions,
+    ///   sequences and indices lie in range.
+    /// * `reads` and `writes` name all of that memory.
+    /// * Nothing else, copies on other streams included, writes what the kernel reads or touches what it writes.
+    unsafe fn launch(&mut self, node: &Node) -> Result<()>;
 
     /// Prepares `list` for cheap replays on this stream.
-    fn instantiate(&mut self, list: Arc<NodeList>) -> Result<Box<dyn Executable>>;
+    ///
+    /// # Safety
+    /// As for [`launch`](Self::launch), for every node and at every replay until the last has ended, and the list's
+    /// edges order whatever may not run side by side. [`replay`](Self::replay) is safe because it is promised here:
+    /// whoever prepares a list keeps its memory as long as the executable may be replayed, gives the executable and
+    /// that memory only to code that keeps the promise too, and sees to it that between replays nothing but values in
+    /// range gets into the tables.
+    unsafe fn instantiate(&mut self, list: Arc<NodeList>) -> Result<Box<dyn Executable>>;
 
     /// Enqueues one replay of an executable made by this stream.
     fn replay(&mut self, executable: &dyn Executable) -> Result<()>;
@@ -196,7 +232,10 @@ pub trait Stream: Send {
 pub trait Executable: Send {
     /// Gives the node of this index the parameters of `node`, for replays enqueued from now on. An error if anything
     /// else of the node would change: its kernel, its geometry, what it reads and writes.
-    fn set_params(&mut self, index: usize, node: &Node) -> Result<()>;
+    ///
+    /// # Safety
+    /// As for [`Stream::instantiate`], with these parameters: other numbers in the same struct are other addresses.
+    unsafe fn set_params(&mut self, index: usize, node: &Node) -> Result<()>;
 
     /// For the device's own downcast.
     fn as_any(&self) -> &dyn Any;

@@ -24,7 +24,8 @@ impl PaperDevice {
     }
 }
 
-impl Device for PaperDevice {
+// SAFETY: nothing runs.
+unsafe impl Device for PaperDevice {
     fn info(&self) -> DeviceInfo {
         DeviceInfo { kind: "paper", name: "paper: records, computes nothing".into(), ..self.addresses.info() }
     }
@@ -69,11 +70,11 @@ impl Stream for PaperStream {
         Ok(())
     }
 
-    fn launch(&mut self, _node: &Node) -> Result<()> {
+    unsafe fn launch(&mut self, _node: &Node) -> Result<()> {
         Ok(())
     }
 
-    fn instantiate(&mut self, _list: Arc<NodeList>) -> Result<Box<dyn Executable>> {
+    unsafe fn instantiate(&mut self, _list: Arc<NodeList>) -> Result<Box<dyn Executable>> {
         refuse("instantiate")
     }
 

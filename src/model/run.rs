@@ -3,11 +3,18 @@
 //! A [`Run`] is what sessions drive token by token and what `verify` drives stage by stage; both replay the
 //! same nodes. Everything that changes from token to token is in device memory, so no list is ever rebuilt.
 //! Sessions take a run from request to request (`reuse`).
+//!
+//! # What may be launched
+//!
+//! Nodes of a run name buffers of its own and weights of its model, which are on its device; it holds both, and waits
+//! for its stream before it lets go of them. Tables are written by it alone, from a spec whose sizes it checks against
+//! the plan, and advance with the tokens: a token list is replayed once for every token of the spec, or `verify` and
+//! `bench` set the positions back between replays. Neither a run nor the addresses in it leave this crate.
 
 mod reuse;
 mod sources;
 
-pub use reuse::{PrefillShape, PromptTokens};
+pub use reuse::PrefillShape;
 pub(super) use sources::SourceParts;
 
 use super::arena::{Arena, Slot, Stage};
@@ -16,7 +23,7 @@ use super::flow_head::{DrawSource, FlowBuffers, FlowTaps};
 use super::nextstep::NextStep;
 use super::plan::{Draws, Planned, RunSpec, Slots, TapSlots, plan_memory};
 use super::vae::Decoded;
-use crate::device::{Buffer, Device, DeviceInfo, Node, NodeList, Span, Stream};
+use crate::device::{Buffer, Device, DeviceInfo, Executable, Node, NodeList, Span, Stream};
 use crate::error::{Error, Result};
 use crate::ops::params::{GenerationState, GridBarrier};
 use crate::ops::product::ProductScratch;
@@ -52,6 +59,7 @@ impl Run {
         selection: Selection,
         spec: RunSpec,
     ) -> Result<Run> {
+        model.check_device(device)?;
         let info = device.info();
         let Planned { layout, slots, capacity, splits, cache_bytes } = plan_memory(&model, &info, &spec)?;
         let keys = device.alloc(cache_bytes, "cache.keys")?;
@@ -172,20 +180,15 @@ impl Run {
         for zeroed in [self.slots.arrivals, self.slots.product_arrivals, self.slots.exchange] {
             self.stream.fill(self.arena.span(zeroed), 0)?;
         }
+        self.upload_whole(self.slots.sinusoid, &ops::harness::encode(self.model.dtype, spec.sinusoid).0)?;
         // One row per evaluation, however many images there are.
         let selection = self.stage_selection(Stage::Prefill)?;
         let launch = self.launch(&selection);
         let [input, hidden, time] =
             [self.slots.sinusoid, self.slots.time_hidden, self.slots.time].map(|slot| self.arena.span(slot));
-        let scratch = self.scratch();
-        self.model.flow.embed_times(
-            &launch,
-            self.stream.as_mut(),
-            spec.sinusoid,
-            (input, hidden),
-            time,
-            scratch,
-        )
+        let (steps, scratch) = (spec.steps.len(), self.scratch());
+        let nodes = self.model.flow.record_times(&launch, steps, (input, hidden), time, scratch)?;
+        nodes.iter().try_for_each(|node| self.enqueue(node))
     }
 
     fn stage_selection(&self, stage: Stage) -> Result<Selection> {
@@ -217,6 +220,27 @@ impl Run {
     /// Everything but weights and cache.
     pub fn arena(&self) -> Span {
         self.arena.whole()
+    }
+
+    /// Enqueues a node that this run recorded, or one over spans of its buffers.
+    pub fn enqueue(&mut self, node: &Node) -> Result<()> {
+        // SAFETY: see the module.
+        unsafe { self.stream.launch(node) }
+    }
+
+    /// Prepares a list that this run recorded. The executable goes before the run.
+    pub fn instantiate(&mut self, list: impl Into<Arc<NodeList>>) -> Result<Box<dyn Executable>> {
+        // SAFETY: see the module.
+        unsafe { self.stream.instantiate(list.into()) }
+    }
+
+    /// Gives node `index` of a token list of this run, the one of [`record_draws`](Self::record_draws), the seed of the
+    /// generation that has begun.
+    pub fn set_draws(&self, list: &mut dyn Executable, index: usize) -> Result<()> {
+        let node = self.record_draws()?;
+        let node = node.ok_or_else(|| Error::Internal("another seed for recorded draws".into()))?;
+        // SAFETY: see the module; of another node than that one this is an error.
+        unsafe { list.set_params(index, &node) }
     }
 
     /// The stream that everything runs on.
@@ -528,7 +552,7 @@ impl Run {
         mut after: impl FnMut(&Node, &mut dyn Stream) -> Result<()>,
     ) -> Result<()> {
         for node in list.nodes() {
-            self.stream.launch(node)?;
+            self.enqueue(node)?;
             after(node, self.stream.as_mut())?;
         }
         self.stream.synchronize()
@@ -646,7 +670,7 @@ mod tests {
         }
         let last = run.record_token(true).unwrap();
         for list in [prefill, token, last] {
-            let executable = run.stream().instantiate(Arc::new(list)).unwrap();
+            let executable = run.instantiate(list).unwrap();
             run.stream().replay(executable.as_ref()).unwrap();
         }
         let span = run.buffers().tokens;

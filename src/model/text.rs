@@ -3,6 +3,10 @@
 //! A [`TextRun`] has the transformer's passes, memory plan and cache in common with a [`Run`](super::run::Run). Its
 //! token list embeds the id that the host chose from the last logits, so unlike the image loop it waits for the host
 //! once per token. Position and lengths live in device memory; no list is ever rebuilt.
+//!
+//! What may be launched is as in a [`Run`](super::run): lists name its own buffers and its model's weights, its tables
+//! are written by it alone, and the token list is replayed at most `max_tokens` times. An id that the vocabulary lacks
+//! gives NaN.
 
 use super::arena::{Arena, Layout, Life, Slot, Stage};
 use super::backbone::{Cache, Rows, rope_table};
@@ -11,7 +15,7 @@ use super::nextstep::NextStep;
 use super::plan::{RunBytes, SourceSlots, plan_sources, product_rows};
 use super::run::{SourceParts, stage_selection};
 use super::sources::Sources;
-use crate::device::{Buffer, Device, DeviceInfo, NodeList, Span, Stream};
+use crate::device::{Buffer, Device, DeviceInfo, Executable, NodeList, Span, Stream};
 use crate::error::{Error, Result};
 use crate::ops::params::GenerationState;
 use crate::ops::product::ProductScratch;
@@ -184,6 +188,7 @@ impl TextRun {
         selection: Selection,
         spec: TextSpec,
     ) -> Result<TextRun> {
+        model.check_device(device)?;
         let info = device.info();
         let Planned { layout, slots, capacity, splits, cache_bytes } = plan_memory(&model, &info, &spec)?;
         let keys = device.alloc(cache_bytes, "cache.keys")?;
@@ -269,6 +274,18 @@ impl TextRun {
 
     fn head(&self) -> Result<&LmHead> {
         self.model.text.as_ref().ok_or_else(|| Error::Internal("text from a model without LM head".into()))
+    }
+
+    /// Enqueues a list that this run recorded.
+    pub fn enqueue(&mut self, list: &NodeList) -> Result<()> {
+        // SAFETY: see the module.
+        list.nodes().iter().try_for_each(|node| unsafe { self.stream.launch(node) })
+    }
+
+    /// Prepares a list that this run recorded. The executable goes before the run.
+    pub fn instantiate(&mut self, list: NodeList) -> Result<Box<dyn Executable>> {
+        // SAFETY: see the module.
+        unsafe { self.stream.instantiate(Arc::new(list)) }
     }
 
     /// The stream that everything runs on.

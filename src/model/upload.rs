@@ -79,8 +79,9 @@ impl<'a> Uploader<'a> {
         Uploader { progress: Some(Progress { callback, done_bytes: 0, of_bytes }), ..self }
     }
 
-    /// The same with random values in place of the tensors' own: only their names and shapes are looked at.
-    pub fn random(
+    /// The same with random values in place of the tensors' own: only their names and shapes are looked at. The stream
+    /// must be one of `device`, on which kernels make them.
+    pub(super) fn random(
         device: Arc<dyn Device>,
         stream: &'a mut dyn Stream,
         dtype: DType,
@@ -88,6 +89,11 @@ impl<'a> Uploader<'a> {
         seed: u64,
     ) -> Uploader<'a> {
         Uploader { random: Some(seed), ..Uploader::new(device, stream, dtype, kernels) }
+    }
+
+    /// The device that they are uploaded to.
+    pub(super) fn device(&self) -> Arc<dyn Device> {
+        self.device.clone()
     }
 
     /// Whether tensors have names and shapes only.
@@ -215,7 +221,10 @@ impl<'a> Uploader<'a> {
         // Another stream of values for every tensor.
         let seed = seed.wrapping_add((self.bytes as u64).wrapping_mul(0x9e37_79b9_7f4a_7c15));
         let random = Random { seed, mean, deviation };
-        self.stream.launch(&bench::fill(self.device.info().sm_count, self.dtype, span, random)?)
+        let node = bench::fill(self.device.info().sm_count, self.dtype, span, random)?;
+        // SAFETY: `span` lies in a buffer that the caller just allocated, which is freed only when the stream, of the
+        // same device, has come past this; the kernel reads no tables.
+        unsafe { self.stream.launch(&node) }
     }
 
     /// Whether weights of `op` with rows of `inner` elements are packed.

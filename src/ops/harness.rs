@@ -228,13 +228,24 @@ impl Rig {
         self.stream.as_mut()
     }
 
+    /// Launches a node that a case of this crate made, and waits.
+    pub(crate) fn run(&mut self, node: &Node) -> Result<()> {
+        // SAFETY: cases make their nodes by their ops, of buffers that they got from this rig, which keeps them, and of
+        // tables that they wrote with what the op takes.
+        unsafe { self.launch(node) }
+    }
+
     /// Launches and waits. Of a rig that only prepares, this is where the case ends, with an error.
-    pub fn run(&mut self, node: &Node) -> Result<()> {
+    ///
+    /// # Safety
+    /// As for [`Stream::launch`], and not once but as long as the rig lives: what is prepared is launched often.
+    pub unsafe fn launch(&mut self, node: &Node) -> Result<()> {
         if let Some(kept) = &mut self.kept {
             *kept = Kept::Node(Box::new(node.clone()));
             return Err(Error::Internal("the case is prepared and goes no further".into()));
         }
-        self.stream.launch(node)?;
+        // SAFETY: promised by the caller.
+        unsafe { self.stream.launch(node) }?;
         self.stream.synchronize()
     }
 

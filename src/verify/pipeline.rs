@@ -274,7 +274,7 @@ impl Stages<'_, '_> {
         // The embedding itself, then its recorded output as the input of the layers.
         let list = run.record_prefill(true)?;
         for node in list.nodes() {
-            run.stream().launch(node)?;
+            run.enqueue(node)?;
             if node.writes.contains(&rows.x) {
                 let got = read(run.stream(), rows.x, DType::F32)?;
                 self.compare_rows("prefill.inputs_embeds", &got, node.kernel.symbol)?;

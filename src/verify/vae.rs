@@ -3,7 +3,7 @@
 use super::models::folder;
 use super::pipeline::read;
 use super::{Comparer, Context, Outcome, Tolerance};
-use crate::device::{NodeList, Stream};
+use crate::device::{Node, NodeList, Stream};
 use crate::error::Result;
 use crate::image::RgbImage;
 use crate::model::config::VaeConfig;
@@ -153,9 +153,7 @@ impl Half<'_, '_> {
         };
         let mut list = NodeList::new();
         encoder.record_tokens(&self.launch, &mut list, encoded, &outputs)?;
-        for node in list.nodes() {
-            self.stream.launch(node)?;
-        }
+        list.nodes().iter().try_for_each(|node| self.launch(node))?;
         let spans = [("mean", mean.span()), ("sample", sample.span()), ("latent_for_model", latent.span())];
         for (name, span) in spans {
             let got = read(self.stream, span, dtype)?;
@@ -182,10 +180,16 @@ impl Half<'_, '_> {
         compare_decoded(&mut self.comparer, self.stream, &list, &decoded, dtype, names)
     }
 
+    fn launch(&mut self, node: &Node) -> Result<()> {
+        // SAFETY: nodes of the case's encoder and decoder, over an arena of the size that they plan and buffers of the
+        // outputs' sizes, all of which is held until results were read. No tables.
+        unsafe { self.stream.launch(node) }
+    }
+
     /// Runs a list; compares every module's output that is recorded, before it is overwritten.
     fn run_tapped(&mut self, list: &NodeList, taps: &[Tap]) -> Result<()> {
         for (index, node) in list.nodes().iter().enumerate() {
-            self.stream.launch(node)?;
+            self.launch(node)?;
             for tap in taps.iter().filter(|tap| tap.node == index) {
                 let name = format!("tap.{}", tap.name);
                 if !self.context.case.has(&name) {

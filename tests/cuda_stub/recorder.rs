@@ -47,7 +47,8 @@ impl Recorder {
     }
 }
 
-impl Device for Recorder {
+// SAFETY: the inner device does everything.
+unsafe impl Device for Recorder {
     fn info(&self) -> DeviceInfo {
         self.inner.info()
     }
@@ -68,9 +69,10 @@ impl Device for Recorder {
 }
 
 impl Executable for Numbered {
-    fn set_params(&mut self, index: usize, node: &Node) -> Result<()> {
+    unsafe fn set_params(&mut self, index: usize, node: &Node) -> Result<()> {
         self.record.lock().unwrap().work.push(Work::SetParams);
-        self.inner.set_params(index, node)
+        // SAFETY: promised by the caller.
+        unsafe { self.inner.set_params(index, node) }
     }
 
     fn as_any(&self) -> &dyn Any {
@@ -100,13 +102,15 @@ impl Stream for RecordingStream {
         self.inner.fill_rows(first, pitch_bytes, rows, byte)
     }
 
-    fn launch(&mut self, node: &Node) -> Result<()> {
+    unsafe fn launch(&mut self, node: &Node) -> Result<()> {
         self.record.lock().unwrap().work.push(Work::Launch(Box::new(node.clone())));
-        self.inner.launch(node)
+        // SAFETY: promised by the caller.
+        unsafe { self.inner.launch(node) }
     }
 
-    fn instantiate(&mut self, list: Arc<NodeList>) -> Result<Box<dyn Executable>> {
-        let inner = self.inner.instantiate(list.clone())?;
+    unsafe fn instantiate(&mut self, list: Arc<NodeList>) -> Result<Box<dyn Executable>> {
+        // SAFETY: promised by the caller.
+        let inner = unsafe { self.inner.instantiate(list.clone()) }?;
         let mut record = self.record.lock().unwrap();
         record.work.push(Work::Instantiate(list));
         record.executables += 1;

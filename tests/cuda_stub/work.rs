@@ -1,10 +1,13 @@
 //! A little work that uses every function of the driver.
 
+use crate::streams::TestStream;
 use crate::stub::{Stub, field};
 use std::panic::{AssertUnwindSafe, catch_unwind};
-use std::sync::{Arc, LazyLock};
+use std::sync::LazyLock;
 use warpstep::device::cuda::{CudaDevice, CudaOptions};
-use warpstep::device::{Buffer, Device, Geometry, KernelId, Node, NodeList, ParamBytes, STAGING_BYTES};
+use warpstep::device::{
+    Buffer, Device, Executable, Geometry, KernelId, Node, NodeList, ParamBytes, STAGING_BYTES,
+};
 use warpstep::ops::DType;
 use warpstep::ops::bench::{self, Random};
 use warpstep::{Error, Result};
@@ -19,6 +22,11 @@ pub fn node(label: &str, geometry: Geometry, from: &Buffer, to: &Buffer) -> Node
     let params = ParamBytes::of(&[from.ptr().0, to.ptr().0, 0, 0, 0]);
     let (reads, writes) = (vec![from.span()], vec![to.span()]);
     Node { label: label.into(), kernel: ADD_ONE, geometry, params, reads, writes }
+}
+
+fn change(executable: &mut dyn Executable, index: usize, node: &Node) -> Result<()> {
+    // SAFETY: the same buffers and other numbers that the stub does nothing with, or an error.
+    unsafe { executable.set_params(index, node) }
 }
 
 /// Copies, fills, launches, a graph and events on `device`, and whether the bytes are the right ones.
@@ -36,20 +44,20 @@ pub fn work(device: &CudaDevice) -> Result<()> {
         dependent: true,
         ..Geometry::linear(1, 32).with_shared(64 << 10)
     };
-    stream.launch(&node("wide", wide, &a, &b))?;
+    stream.start(&node("wide", wide, &a, &b))?;
     let mut other = device.stream()?;
-    other.launch(&node("wide", wide, &a, &b))?;
+    other.start(&node("wide", wide, &a, &b))?;
     drop(other);
     let mut list = NodeList::new();
     list.push(node("first", Geometry::linear(4, 32), &a, &b));
     list.push(node("second", Geometry { dependent: true, ..Geometry::linear(4, 32) }, &b, &a));
     list.push(node("third", wide, &a, &b));
     list.push(node("fourth", Geometry { dependent: true, ..Geometry::linear(4, 32) }, &b, &a));
-    let mut executable = stream.instantiate(Arc::new(list))?;
+    let mut executable = stream.prepare(list)?;
     stream.replay(executable.as_ref())?;
     let mut changed = node("third", wide, &a, &b);
     changed.params = ParamBytes::of(&[a.ptr().0, b.ptr().0, 1, 2, 3]);
-    executable.set_params(2, &changed)?;
+    change(executable.as_mut(), 2, &changed)?;
     stream.replay(executable.as_ref())?;
     // Three rows of 5 bytes, 100 apart.
     stream.fill_rows(b.span().slice(10, 5), 100, 3, 9)?;
@@ -100,7 +108,7 @@ fn every_function_is_told_the_preferred_carveout_once() {
         let fill =
             bench::fill(4, DType::F32, cells.span(), Random { seed: 1, mean: 0.0, deviation: 1.0 }).unwrap();
         for _ in 0..2 {
-            stream.launch(&fill).unwrap();
+            stream.start(&fill).unwrap();
         }
         let log = stub.take_log();
         log.iter().filter(|line| line.contains("attribute=9:")).cloned().collect::<Vec<_>>()
@@ -147,7 +155,7 @@ fn poisoned_memory_is_nan_and_empty_requests_are_nothing() {
     stream.upload(empty.ptr(), &[]).unwrap();
     stream.fill(empty.span(), 1).unwrap();
     stream.download(empty.ptr(), &mut []).unwrap();
-    let nothing = stream.instantiate(Arc::new(NodeList::new())).unwrap();
+    let nothing = stream.prepare(NodeList::new()).unwrap();
     stream.replay(nothing.as_ref()).unwrap();
     stub.take_log();
 }
@@ -252,21 +260,21 @@ fn only_parameters_of_a_graph_change() {
     let mut stream = device.stream().unwrap();
     let mut list = NodeList::new();
     list.push(node("n", Geometry::linear(1, 32), &a, &a));
-    let mut executable = stream.instantiate(Arc::new(list)).unwrap();
-    let mut empty = stream.instantiate(Arc::new(NodeList::new())).unwrap();
+    let mut executable = stream.prepare(list).unwrap();
+    let mut empty = stream.prepare(NodeList::new()).unwrap();
     stub.take_log();
     let mut changed = node("n", Geometry::linear(1, 32), &a, &a);
     changed.params = ParamBytes::of(&[a.ptr().0, a.ptr().0, 0, 0, 0xabcd]);
-    executable.set_params(0, &changed).unwrap();
+    change(executable.as_mut(), 0, &changed).unwrap();
     let log = stub.take_log();
     let calls: Vec<&String> = log.iter().filter(|line| !line.starts_with("cuCtx")).collect();
     let [line] = calls[..] else { panic!("{log:?}") };
     assert!(line.starts_with("cuGraphExecNodeSetParams exec=0 index=0 symbol=emu_add_one"), "{line}");
     assert!(line.ends_with("cdab000000000000"), "{line}");
-    assert!(matches!(executable.set_params(1, &changed), Err(Error::Internal(_))));
+    assert!(matches!(change(executable.as_mut(), 1, &changed), Err(Error::Internal(_))));
     let wider = node("n", Geometry::linear(2, 32), &a, &a);
-    assert!(matches!(executable.set_params(0, &wider), Err(Error::Internal(_))));
-    assert!(matches!(empty.set_params(0, &changed), Err(Error::Internal(_))));
+    assert!(matches!(change(executable.as_mut(), 0, &wider), Err(Error::Internal(_))));
+    assert!(matches!(change(empty.as_mut(), 0, &changed), Err(Error::Internal(_))));
     assert!(stub.take_log().is_empty(), "the driver was asked");
 }
 
@@ -278,7 +286,7 @@ fn executables_belong_to_their_stream() {
     let (mut one, mut other) = (device.stream().unwrap(), device.stream().unwrap());
     let mut list = NodeList::new();
     list.push(node("n", Geometry::linear(1, 32), &a, &a));
-    let executable = one.instantiate(Arc::new(list)).unwrap();
+    let executable = one.prepare(list).unwrap();
     one.replay(executable.as_ref()).unwrap();
     assert!(matches!(other.replay(executable.as_ref()), Err(Error::Device(_))));
     // Dropped in any order.
@@ -313,13 +321,13 @@ fn wrong_kernels_are_named() {
     let good = node("n", Geometry::linear(1, 32), &a, &a);
     let mut wrong = good.clone();
     wrong.params = ParamBytes::of(&[0u64; 3]);
-    let error = stream.launch(&wrong).unwrap_err().to_string();
+    let error = stream.start(&wrong).unwrap_err().to_string();
     assert!(error.contains("parameter struct of 24 bytes, the kernel takes 40"), "{error}");
     wrong.kernel = KernelId { module: "bugs", symbol: "nowhere" };
-    let error = stream.launch(&wrong).unwrap_err().to_string();
+    let error = stream.start(&wrong).unwrap_err().to_string();
     assert!(error.contains("launch of nowhere failed: cuModuleGetFunction: CUDA error 500"), "{error}");
     wrong.kernel = KernelId { module: "nothing", symbol: "nowhere" };
-    let error = stream.launch(&wrong).unwrap_err().to_string();
+    let error = stream.start(&wrong).unwrap_err().to_string();
     assert!(error.contains("nothing.cubin"), "{error}");
-    stream.launch(&good).unwrap();
+    stream.start(&good).unwrap();
 }

@@ -1,5 +1,6 @@
 //! A device, a stream and the buffers that the kernels of `kernels/emulator/bugs` take.
 
+use crate::streams::TestStream;
 use bytemuck::{Pod, Zeroable};
 use warpstep::device::emulated::{AsyncCopies, EmulatedDevice, EmulatedOptions, Order, build_kind};
 use warpstep::device::{Buffer, Device, Geometry, KernelId, Node, ParamBytes, Stream};
@@ -82,7 +83,7 @@ impl Rig {
         let input = self.upload("in", input);
         let out = self.device.alloc(out_len * size_of::<O>(), "out").unwrap();
         let node = self.node(symbol, geometry, &input, &out, n);
-        self.stream.launch(&node).unwrap();
+        self.stream.start(&node).unwrap();
         self.stream.synchronize().unwrap();
         self.download(&out)
     }

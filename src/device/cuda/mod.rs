@@ -205,7 +205,8 @@ impl std::fmt::Debug for CudaDevice {
     }
 }
 
-impl Device for CudaDevice {
+// SAFETY: memory and streams are the driver's.
+unsafe impl Device for CudaDevice {
     fn info(&self) -> DeviceInfo {
         let facts = &self.shared.facts;
         let free = self.shared.enter().ok().and_then(|_entered| self.shared.free_bytes());
@@ -232,7 +233,8 @@ impl Device for CudaDevice {
             stream.fill(Span { ptr: DevicePtr(ptr), bytes }, 0xff)?;
             stream.synchronize()?;
         }
-        Ok(Buffer::new(DevicePtr(ptr), bytes, Arc::new(memory)))
+        // SAFETY: just allocated, and freed by `memory`.
+        Ok(unsafe { Buffer::new(DevicePtr(ptr), bytes, Arc::new(memory)) })
     }
 
     fn name_span(&self, _span: Span, _label: &str) {}

@@ -29,7 +29,7 @@ struct Replayable {
 }
 
 impl Executable for Replayable {
-    fn set_params(&mut self, index: usize, node: &Node) -> Result<()> {
+    unsafe fn set_params(&mut self, index: usize, node: &Node) -> Result<()> {
         self.shared.begin("set_params")?;
         // Whoever recorded the list keeps it as it was.
         Arc::make_mut(&mut self.list).set_params(index, node)
@@ -105,8 +105,8 @@ impl EmulatedStream {
             foreign,
             pieces: &mut pieces,
         };
-        // SAFETY: parameter structs are built by ops from live buffers; what a wrong one does is what it would do
-        // on a GPU, and the instrumented builds exist to find it.
+        // SAFETY: promised to `launch`, or to `instantiate` and `set_params`. What a broken promise does is what it
+        // would do on a GPU, and the instrumented builds exist to find it.
         let outcome = unsafe { ffi::launch(request) };
         if build == "count" {
             let launch = audit::summarise(&node.label, node.kernel.symbol, &pieces, &names);
@@ -188,13 +188,13 @@ impl Stream for EmulatedStream {
         Ok(())
     }
 
-    fn launch(&mut self, node: &Node) -> Result<()> {
+    unsafe fn launch(&mut self, node: &Node) -> Result<()> {
         self.shared.begin("launch")?;
         let kernel = self.kernel(node)?;
         self.run(node, kernel, &[])
     }
 
-    fn instantiate(&mut self, list: Arc<NodeList>) -> Result<Box<dyn Executable>> {
+    unsafe fn instantiate(&mut self, list: Arc<NodeList>) -> Result<Box<dyn Executable>> {
         self.shared.begin("instantiate")?;
         let nodes = list.nodes();
         let kernels = nodes.iter().map(|node| self.kernel(node)).collect::<Result<_>>()?;

@@ -186,7 +186,7 @@ mod tests {
             run.record_image().unwrap().0,
         ];
         for list in lists {
-            let executable = run.stream().instantiate(Arc::new(list)).unwrap();
+            let executable = run.instantiate(list).unwrap();
             run.stream().replay(executable.as_ref()).unwrap();
         }
     }
