@@ -3,7 +3,7 @@
 use crate::rig::{Rig, cooperative, ramp};
 use crate::streams::TestStream;
 use std::collections::HashSet;
-use std::sync::Arc;
+use std::sync::{Arc, Barrier};
 use warpstep::Error;
 use warpstep::device::emulated::{
     AsyncCopies, EmulatedDevice, EmulatedOptions, Order, ReplayOrder, build_kind,
@@ -52,6 +52,28 @@ fn copies_outside_an_allocation_are_errors() {
     let ptr = buffer.ptr();
     drop(buffer);
     assert!(rig.stream.fill(Span { ptr, bytes: 1 }, 0).is_err());
+}
+
+/// What a copy finds there stays there until it is done: memory that is freed on another thread is overwritten at once.
+#[test]
+fn nothing_is_freed_under_a_copy() {
+    for _ in 0..20 {
+        let mut rig = Rig::new(options());
+        let buffer = rig.device.alloc(1 << 20, "b").unwrap();
+        rig.stream.fill(buffer.span(), 7).unwrap();
+        let (ptr, begun) = (buffer.ptr(), Barrier::new(2));
+        std::thread::scope(|scope| {
+            scope.spawn(|| {
+                begun.wait();
+                drop(buffer);
+            });
+            let mut bytes = vec![0; 1 << 20];
+            begun.wait();
+            while rig.stream.download(ptr, &mut bytes).is_ok() {
+                assert!(bytes.iter().all(|&byte| byte == 7));
+            }
+        });
+    }
 }
 
 /// Two threads, each with a device of its own and options that matter, neither disturbing the other.

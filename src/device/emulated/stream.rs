@@ -1,12 +1,19 @@
 //! Streams of the emulated device: everything enqueued has run when the call returns.
+//!
+//! Copies and fills look their range up in the table of allocations and keep the table locked until they are done: a
+//! range outside one live allocation is an error, and no other thread frees the allocation meanwhile, or copies there.
+//! Freeing takes the same lock, and nothing else while it holds it; nothing that a copy calls frees or allocates. A
+//! launch looks its spans up too but does not hold the lock while it runs, which would let one session run at a time:
+//! that nobody frees or touches its memory meanwhile is its caller's promise.
 
+use super::audit::Names;
 use super::ffi::{self, Kernel, RawSpan};
 use super::{ReplayOrder, Shared, audit, build_kind, host_pointer, lock};
 use crate::device::{DevicePtr, Event, Executable, Node, NodeList, Span, Stream, check_staging, nvtx};
 use crate::error::{Error, Result};
 use std::any::Any;
 use std::collections::HashMap;
-use std::sync::Arc;
+use std::sync::{Arc, MutexGuard};
 use std::time::Instant;
 
 pub(super) struct EmulatedStream {
@@ -17,6 +24,12 @@ pub(super) struct EmulatedStream {
     /// What [`Stream::upload_with`] hands out. Not the destination itself, which safe code could free or write to
     /// while it fills.
     staging: Vec<u8>,
+}
+
+/// Device memory that stays where it is.
+struct Held<'a> {
+    start: *mut u8,
+    _allocations: MutexGuard<'a, Names>,
 }
 
 /// The list itself, with its kernels looked up.
@@ -135,16 +148,18 @@ impl EmulatedStream {
         }
     }
 
-    /// Where `bytes` bytes of device memory lie on the host; an error unless one allocation holds them all.
-    fn resolve(&self, ptr: DevicePtr, bytes: usize, what: &str) -> Result<*mut u8> {
+    /// Where `bytes` bytes of device memory lie on the host; an error unless one allocation holds them all. Nothing is
+    /// freed until the answer is dropped.
+    fn resolve(&self, ptr: DevicePtr, bytes: usize, what: &str) -> Result<Held<'_>> {
         self.shared.begin(what)?;
-        if !lock(&self.shared.names).holds(Span { ptr, bytes }) {
+        let allocations = lock(&self.shared.names);
+        if !allocations.holds(Span { ptr, bytes }) {
             return Err(Error::Device(format!(
                 "{what} of {bytes} bytes at {:#x}: not inside one allocation",
                 ptr.0
             )));
         }
-        Ok(host_pointer(ptr))
+        Ok(Held { start: host_pointer(ptr), _allocations: allocations })
     }
 }
 
@@ -163,28 +178,28 @@ impl Stream for EmulatedStream {
         fill(&mut self.staging[..bytes])?;
         let target = self.resolve(dst, bytes, "upload")?;
         // SAFETY: as in `upload`.
-        unsafe { target.copy_from_nonoverlapping(self.staging.as_ptr(), bytes) };
+        unsafe { target.start.copy_from_nonoverlapping(self.staging.as_ptr(), bytes) };
         Ok(())
     }
 
     fn upload(&mut self, dst: DevicePtr, bytes: &[u8]) -> Result<()> {
         let target = self.resolve(dst, bytes.len(), "upload")?;
-        // SAFETY: `resolve` found the range inside a live allocation, which no host slice overlaps.
-        unsafe { target.copy_from_nonoverlapping(bytes.as_ptr(), bytes.len()) };
+        // SAFETY: the range lies inside an allocation that lives as long as `target`, and no host slice overlaps it.
+        unsafe { target.start.copy_from_nonoverlapping(bytes.as_ptr(), bytes.len()) };
         Ok(())
     }
 
     fn download(&mut self, src: DevicePtr, bytes: &mut [u8]) -> Result<()> {
         let source = self.resolve(src, bytes.len(), "download")?;
         // SAFETY: as in `upload`.
-        unsafe { source.copy_to_nonoverlapping(bytes.as_mut_ptr(), bytes.len()) };
+        unsafe { source.start.copy_to_nonoverlapping(bytes.as_mut_ptr(), bytes.len()) };
         Ok(())
     }
 
     fn fill(&mut self, span: Span, byte: u8) -> Result<()> {
         let target = self.resolve(span.ptr, span.bytes, "fill")?;
         // SAFETY: as in `upload`.
-        unsafe { target.write_bytes(byte, span.bytes) };
+        unsafe { target.start.write_bytes(byte, span.bytes) };
         Ok(())
     }
 
@@ -211,7 +226,9 @@ impl Stream for EmulatedStream {
     }
 
     fn replay(&mut self, executable: &dyn Executable) -> Result<()> {
-        let Some(Replayable { list, kernels, foreign, .. }) = executable.as_any().downcast_ref() else {
+        let ours = |executable: &&Replayable| Arc::ptr_eq(&executable.shared, &self.shared);
+        let Some(Replayable { list, kernels, foreign, .. }) = executable.as_any().downcast_ref().filter(ours)
+        else {
             return Err(Error::Device("replay of an executable that another device made".into()));
         };
         self.shared.begin("replay")?;
