@@ -123,7 +123,7 @@ struct SinkStream {
 }
 
 impl Stream for SinkStream {
-    fn upload_with(
+    unsafe fn upload_with(
         &mut self,
         _dst: DevicePtr,
         bytes: usize,
@@ -136,11 +136,11 @@ impl Stream for SinkStream {
         Ok(())
     }
 
-    fn download(&mut self, _src: DevicePtr, _bytes: &mut [u8]) -> Result<()> {
+    unsafe fn download(&mut self, _src: DevicePtr, _bytes: &mut [u8]) -> Result<()> {
         unreachable!("loading reads nothing back")
     }
 
-    fn fill(&mut self, _span: Span, _byte: u8) -> Result<()> {
+    unsafe fn fill(&mut self, _span: Span, _byte: u8) -> Result<()> {
         Ok(())
     }
 

@@ -8,7 +8,7 @@
 
 use super::samples::{Effort, Floor, Row, time};
 use super::{instantiate, launch};
-use crate::device::{Buffer, Device, Node, NodeList, Span, Stream};
+use crate::device::{Buffer, Copies, Device, Node, NodeList, Span, Stream};
 use crate::error::Result;
 use crate::ops::bench;
 use crate::ops::harness::{Case, Prepared, Scale, prepare};
@@ -155,8 +155,8 @@ impl Bench {
         let elsewhere = device.alloc((2 * l2_bytes).next_multiple_of(16) as usize, "bench.elsewhere")?;
         let total = device.alloc(16, "bench.total")?;
         let mut stream = device.stream()?;
-        stream.fill(elsewhere.span(), 0x5a)?;
-        stream.fill(total.span(), 0)?;
+        stream.set(elsewhere.span(), 0x5a)?;
+        stream.set(total.span(), 0)?;
         stream.synchronize()?;
         Ok(Bench { device, l2_bytes, elsewhere, total })
     }

@@ -9,7 +9,7 @@ mod units;
 
 pub use units::UNITS;
 
-use crate::device::{Buffer, Device, Geometry, KernelId, Node, NodeList, ParamBytes, Stream};
+use crate::device::{Buffer, Copies, Device, Geometry, KernelId, Node, NodeList, ParamBytes, Stream};
 use crate::error::{Error, Result};
 use crate::ops::params::ConformanceParams;
 use safetensors::tensor::{Dtype, SafeTensors, TensorView};
@@ -82,7 +82,7 @@ pub fn find(name: &str) -> Result<&'static Unit> {
 
 fn upload(device: &dyn Device, stream: &mut dyn Stream, label: &str, words: &[u32]) -> Result<Buffer> {
     let buffer = device.alloc(size_of_val(words), label)?;
-    stream.upload(buffer.ptr(), bytemuck::cast_slice(words))?;
+    stream.put(buffer.span(), bytemuck::cast_slice(words))?;
     Ok(buffer)
 }
 
@@ -126,7 +126,7 @@ impl Unit {
         let executable = unsafe { stream.instantiate(Arc::new(list)) }?;
         stream.replay(executable.as_ref())?;
         let mut words = vec![0u32; count];
-        stream.download(target.ptr(), bytemuck::cast_slice_mut(&mut words))?;
+        stream.get(target.span(), bytemuck::cast_slice_mut(&mut words))?;
         Ok(words)
     }
 

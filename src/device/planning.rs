@@ -68,7 +68,7 @@ fn refuse<T>() -> Result<T> {
 }
 
 impl Stream for PlanningStream {
-    fn upload_with(
+    unsafe fn upload_with(
         &mut self,
         _dst: DevicePtr,
         _bytes: usize,
@@ -77,11 +77,11 @@ impl Stream for PlanningStream {
         refuse()
     }
 
-    fn download(&mut self, _src: DevicePtr, _bytes: &mut [u8]) -> Result<()> {
+    unsafe fn download(&mut self, _src: DevicePtr, _bytes: &mut [u8]) -> Result<()> {
         refuse()
     }
 
-    fn fill(&mut self, _span: Span, _byte: u8) -> Result<()> {
+    unsafe fn fill(&mut self, _span: Span, _byte: u8) -> Result<()> {
         refuse()
     }
 

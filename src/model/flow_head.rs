@@ -220,8 +220,8 @@ impl FlowHead {
         })
     }
 
-    /// Nodes from the sinusoids of a schedule of `steps` in `input [N, 256]` to `time_embed(t_n)` in `time [N, F]`, once
-    /// per session; `hidden [N, F]` is scratch.
+    /// Nodes from the sinusoids of a schedule of `steps` in `input [N, 256]` to `time_embed(t_n)` in `time [N, F]`,
+    /// once per session; `hidden [N, F]` is scratch.
     pub fn record_times(
         &self,
         launch: &Launch<'_>,

@@ -89,8 +89,7 @@ impl NextStep {
     ) -> Result<NextStep> {
         let weights = ModelWeights::of_shapes(config)?;
         let vae_weights = VaeWeights::of_shapes(vae_config)?;
-        let mut stream = device.stream()?;
-        let up = Uploader::random(device.clone(), stream.as_mut(), dtype, kernels, seed);
+        let up = Uploader::random(device.clone(), dtype, kernels, seed)?;
         NextStep::load(up, (config, &weights), (vae_config, &vae_weights), false)
     }
 

@@ -23,7 +23,7 @@ use super::flow_head::{DrawSource, FlowBuffers, FlowTaps};
 use super::nextstep::NextStep;
 use super::plan::{Draws, Planned, RunSpec, Slots, TapSlots, plan_memory};
 use super::vae::Decoded;
-use crate::device::{Buffer, Device, DeviceInfo, Executable, Node, NodeList, Span, Stream};
+use crate::device::{Buffer, Copies, Device, DeviceInfo, Executable, Node, NodeList, Span, Stream};
 use crate::error::{Error, Result};
 use crate::ops::params::{GenerationState, GridBarrier};
 use crate::ops::product::ProductScratch;
@@ -104,7 +104,7 @@ impl Run {
         if bytes.len() != span.bytes {
             return Err(Error::Internal(format!("table of {} bytes for {}", bytes.len(), span.bytes)));
         }
-        self.stream.upload(span.ptr, bytes)
+        self.stream.put(span, bytes)
     }
 
     /// Uploads what may leave the end of `slot` unused: prompts are planned for in steps.
@@ -113,7 +113,7 @@ impl Run {
         if size_of_val(values) > span.bytes {
             return Err(Error::Internal(format!("table of {} rows for {} bytes", values.len(), span.bytes)));
         }
-        self.stream.upload(span.ptr, bytemuck::cast_slice(values))
+        self.stream.put(span, bytemuck::cast_slice(values))
     }
 
     /// Everything that a generation finds on the device when it begins, but what it keeps from the one before.
@@ -173,12 +173,12 @@ impl Run {
                     span.bytes / 4
                 )));
             }
-            self.stream.upload(span.ptr, bytemuck::cast_slice(draws))?;
+            self.stream.put(span, bytemuck::cast_slice(draws))?;
         }
         let parts = SourceParts::new(&self.model, &self.arena, &self.slots.sources, &self.spec.sources);
         parts.upload(self.stream.as_mut(), &source_rows)?;
         for zeroed in [self.slots.arrivals, self.slots.product_arrivals, self.slots.exchange] {
-            self.stream.fill(self.arena.span(zeroed), 0)?;
+            self.stream.set(self.arena.span(zeroed), 0)?;
         }
         self.upload_whole(self.slots.sinusoid, &ops::harness::encode(self.model.dtype, spec.sinusoid).0)?;
         // One row per evaluation, however many images there are.
@@ -563,7 +563,7 @@ impl Run {
         if self.spec.poison {
             let dying: Vec<Span> = self.arena.dying_after(stage).collect();
             for span in dying {
-                self.stream.fill(span, 0xff)?;
+                self.stream.set(span, 0xff)?;
             }
         }
         Ok(())
@@ -587,7 +587,7 @@ impl Run {
     pub fn state(&mut self) -> Result<GenerationState> {
         let mut state = GenerationState::default();
         let span = self.arena.span(self.slots.state);
-        self.stream.download(span.ptr, bytemuck::bytes_of_mut(&mut state))?;
+        self.stream.get(span, bytemuck::bytes_of_mut(&mut state))?;
         Ok(state)
     }
 }
@@ -675,7 +675,7 @@ mod tests {
         }
         let span = run.buffers().tokens;
         let mut bytes = vec![0; span.bytes];
-        run.stream().download(span.ptr, &mut bytes).unwrap();
+        run.stream().get(span, &mut bytes).unwrap();
         bytes
     }
 
@@ -688,6 +688,18 @@ mod tests {
         // Node 1 embeds the condition that node 0 makes.
         let caught = (0..12).any(|seed| tokens(ReplayOrder::Legal(seed), Some((0, 1))) != expected);
         assert!(caught, "no order showed the missing edge");
+    }
+
+    #[test]
+    fn only_the_models_device_runs_it_and_copies_end_with_their_span() {
+        let mut run = run(ReplayOrder::Recorded);
+        let other: Arc<dyn Device> = Arc::new(EmulatedDevice::new(EmulatedOptions::default()).unwrap());
+        let error = Run::new(run.model(), &other, Selection::default(), run.spec().clone()).map(drop);
+        assert!(matches!(error, Err(Error::Internal(reason)) if reason.contains("another device")));
+        let state = run.buffers().state;
+        let longer = vec![0; state.bytes + 1];
+        assert!(matches!(run.stream().put(state, &longer), Err(Error::Internal(_))));
+        assert!(run.stream().put(state, &longer[1..]).is_ok());
     }
 
     #[test]

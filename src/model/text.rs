@@ -15,7 +15,7 @@ use super::nextstep::NextStep;
 use super::plan::{RunBytes, SourceSlots, plan_sources, product_rows};
 use super::run::{SourceParts, stage_selection};
 use super::sources::Sources;
-use crate::device::{Buffer, Device, DeviceInfo, Executable, NodeList, Span, Stream};
+use crate::device::{Buffer, Copies, Device, DeviceInfo, Executable, NodeList, Span, Stream};
 use crate::error::{Error, Result};
 use crate::ops::params::GenerationState;
 use crate::ops::product::ProductScratch;
@@ -251,10 +251,10 @@ impl TextRun {
             if bytes.len() != span.bytes {
                 return Err(Error::Internal(format!("table of {} bytes for {}", bytes.len(), span.bytes)));
             }
-            self.stream.upload(span.ptr, bytes)?;
+            self.stream.put(span, bytes)?;
         }
         for counters in [s.arrivals, s.product_arrivals] {
-            self.stream.fill(self.arena.span(counters), 0)?;
+            self.stream.set(self.arena.span(counters), 0)?;
         }
         let parts = SourceParts::new(&self.model, &self.arena, &self.slots.sources, &self.spec.sources);
         parts.upload(self.stream.as_mut(), &self.spec.sources.rows)
@@ -433,7 +433,7 @@ impl TextRun {
         if size_of_val(ids) != span.bytes {
             return Err(Error::Internal(format!("{} ids for {} bytes", ids.len(), span.bytes)));
         }
-        self.stream.upload(span.ptr, bytemuck::cast_slice(ids))
+        self.stream.put(span, bytemuck::cast_slice(ids))
     }
 
     /// Where the logits are, `[sequences, V]` f32.
@@ -445,7 +445,7 @@ impl TextRun {
     pub fn logits(&mut self) -> Result<Vec<f32>> {
         let span = self.logits_span();
         let mut logits = vec![0f32; span.bytes / size_of::<f32>()];
-        self.stream.download(span.ptr, bytemuck::cast_slice_mut(&mut logits))?;
+        self.stream.get(span, bytemuck::cast_slice_mut(&mut logits))?;
         Ok(logits)
     }
 
@@ -454,7 +454,7 @@ impl TextRun {
         if self.spec.poison {
             let dying: Vec<Span> = self.arena.dying_after(stage).collect();
             for span in dying {
-                self.stream.fill(span, 0xff)?;
+                self.stream.set(span, 0xff)?;
             }
         }
         Ok(())

@@ -81,25 +81,29 @@ impl Executable for Numbered {
 }
 
 impl Stream for RecordingStream {
-    fn upload_with(
+    unsafe fn upload_with(
         &mut self,
         dst: DevicePtr,
         bytes: usize,
         fill: &mut dyn FnMut(&mut [u8]) -> Result<()>,
     ) -> Result<()> {
-        self.inner.upload_with(dst, bytes, fill)
+        // SAFETY: promised by the caller.
+        unsafe { self.inner.upload_with(dst, bytes, fill) }
     }
 
-    fn download(&mut self, src: DevicePtr, bytes: &mut [u8]) -> Result<()> {
-        self.inner.download(src, bytes)
+    unsafe fn download(&mut self, src: DevicePtr, bytes: &mut [u8]) -> Result<()> {
+        // SAFETY: promised by the caller.
+        unsafe { self.inner.download(src, bytes) }
     }
 
-    fn fill(&mut self, span: Span, byte: u8) -> Result<()> {
-        self.inner.fill(span, byte)
+    unsafe fn fill(&mut self, span: Span, byte: u8) -> Result<()> {
+        // SAFETY: promised by the caller.
+        unsafe { self.inner.fill(span, byte) }
     }
 
-    fn fill_rows(&mut self, first: Span, pitch_bytes: usize, rows: usize, byte: u8) -> Result<()> {
-        self.inner.fill_rows(first, pitch_bytes, rows, byte)
+    unsafe fn fill_rows(&mut self, first: Span, pitch_bytes: usize, rows: usize, byte: u8) -> Result<()> {
+        // SAFETY: promised by the caller.
+        unsafe { self.inner.fill_rows(first, pitch_bytes, rows, byte) }
     }
 
     unsafe fn launch(&mut self, node: &Node) -> Result<()> {

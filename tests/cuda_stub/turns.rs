@@ -55,14 +55,14 @@ fn streams_wait_for_what_another_has_enqueued() {
     let alone = graph(other.as_mut(), Geometry::linear(4, 32), [&a, &b]);
     told(&stub);
     // The stub copies when something waits for the copy: here only the other stream does.
-    one.upload(a.ptr(), &[7; 1024]).unwrap();
+    one.put(a.ptr(), &[7; 1024]).unwrap();
     one.replay(ours.as_ref()).unwrap();
     other.replay(alone.as_ref()).unwrap();
     let mut bytes = [0; 1024];
-    other.download(a.ptr(), &mut bytes).unwrap();
+    other.get(a.ptr(), &mut bytes).unwrap();
     assert_eq!(bytes, [0; 1024], "nothing to wait for");
     other.replay(theirs.as_ref()).unwrap();
-    other.download(a.ptr(), &mut bytes).unwrap();
+    other.get(a.ptr(), &mut bytes).unwrap();
     assert_eq!(bytes, [7; 1024]);
     one.start(&node("together", TOGETHER, &a, &b)).unwrap();
     one.replay(ours.as_ref()).unwrap();

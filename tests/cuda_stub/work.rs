@@ -35,8 +35,8 @@ pub fn work(device: &CudaDevice) -> Result<()> {
     let bytes = LazyLock::force(&BYTES);
     let a = device.alloc(bytes.len(), "a")?;
     let b = device.alloc(1024, "b")?;
-    stream.upload(a.ptr(), bytes)?;
-    stream.fill(b.span(), 7)?;
+    stream.put(a.ptr(), bytes)?;
+    stream.set(b.span(), 7)?;
     let wide = Geometry {
         grid: [16, 1, 1],
         cluster: [16, 1, 1],
@@ -60,7 +60,7 @@ pub fn work(device: &CudaDevice) -> Result<()> {
     change(executable.as_mut(), 2, &changed)?;
     stream.replay(executable.as_ref())?;
     // Three rows of 5 bytes, 100 apart.
-    stream.fill_rows(b.span().slice(10, 5), 100, 3, 9)?;
+    stream.set_rows(b.span().slice(10, 5), 100, 3, 9)?;
     let before = stream.record_timed()?;
     let event = stream.record()?;
     let mut polls = 0;
@@ -74,9 +74,9 @@ pub fn work(device: &CudaDevice) -> Result<()> {
     let elapsed = after.milliseconds_since(before.as_ref())?;
     stream.synchronize()?;
     let mut back = vec![0; bytes.len()];
-    stream.download(a.ptr(), &mut back)?;
+    stream.get(a.ptr(), &mut back)?;
     let mut filled = [0; 1024];
-    stream.download(b.ptr(), &mut filled)?;
+    stream.get(b.ptr(), &mut filled)?;
     let mut expected = [7; 1024];
     [10, 110, 210].into_iter().for_each(|at| expected[at..at + 5].fill(9));
     let right = back == *bytes && filled == expected && (1..100).contains(&polls) && elapsed == 2.0;
@@ -149,12 +149,12 @@ fn poisoned_memory_is_nan_and_empty_requests_are_nothing() {
     let buffer = device.alloc(100, "b").unwrap();
     let mut stream = device.stream().unwrap();
     let mut bytes = [0; 100];
-    stream.download(buffer.ptr(), &mut bytes).unwrap();
+    stream.get(buffer.ptr(), &mut bytes).unwrap();
     assert_eq!(bytes, [0xff; 100]);
     let empty = device.alloc(0, "empty").unwrap();
-    stream.upload(empty.ptr(), &[]).unwrap();
-    stream.fill(empty.span(), 1).unwrap();
-    stream.download(empty.ptr(), &mut []).unwrap();
+    stream.put(empty.ptr(), &[]).unwrap();
+    stream.set(empty.span(), 1).unwrap();
+    stream.get(empty.ptr(), &mut []).unwrap();
     let nothing = stream.prepare(NodeList::new()).unwrap();
     stream.replay(nothing.as_ref()).unwrap();
     stub.take_log();
@@ -184,7 +184,7 @@ fn uploads_are_written_where_the_driver_copies_them_from() {
             out.fill(i as u8 + 1);
             Ok(())
         };
-        stream.upload_with(dst, PIECE, &mut fill).unwrap();
+        stream.put_with(dst, PIECE, &mut fill).unwrap();
     }
     let log = stub.take_log();
     let copies = log.iter().filter(|line| line.starts_with("cuMemcpyHtoDAsync_v2"));
@@ -195,7 +195,7 @@ fn uploads_are_written_where_the_driver_copies_them_from() {
     let waits: Vec<&String> = log.iter().filter(|line| line.contains("Synchronize")).collect();
     assert!(waits.len() == 5 && waits.iter().all(|line| line.starts_with("cuEventSynchronize")), "{waits:?}");
     let mut back = vec![0; 5 * PIECE];
-    stream.download(buffer.ptr(), &mut back).unwrap();
+    stream.get(buffer.ptr(), &mut back).unwrap();
     assert!(back.chunks(PIECE).enumerate().all(|(i, piece)| piece.iter().all(|&byte| byte == i as u8 + 1)));
 }
 
@@ -205,21 +205,21 @@ fn an_upload_that_is_not_filled_copies_nothing_and_leaves_its_slot() {
     let device = stub.open().unwrap();
     let buffer = device.alloc(100, "b").unwrap();
     let mut stream = device.stream().unwrap();
-    stream.upload(buffer.ptr(), &[7; 100]).unwrap();
+    stream.put(buffer.ptr(), &[7; 100]).unwrap();
     for _ in 0..5 {
         let broken = &mut |_: &mut [u8]| Err(Error::Internal("unreadable".into()));
-        let error = stream.upload_with(buffer.ptr(), 100, broken).unwrap_err();
+        let error = stream.put_with(buffer.ptr(), 100, broken).unwrap_err();
         assert_eq!(error.to_string(), "internal error: unreadable");
         let panics = &mut |_: &mut [u8]| panic!("on purpose");
-        assert!(catch_unwind(AssertUnwindSafe(|| stream.upload_with(buffer.ptr(), 100, panics))).is_err());
+        assert!(catch_unwind(AssertUnwindSafe(|| stream.put_with(buffer.ptr(), 100, panics))).is_err());
     }
-    let error = stream.upload_with(buffer.ptr(), STAGING_BYTES + 1, &mut |_| Ok(())).unwrap_err();
+    let error = stream.put_with(buffer.ptr(), STAGING_BYTES + 1, &mut |_| Ok(())).unwrap_err();
     assert!(
         error.to_string().contains("8388609 bytes through staging memory, which holds 8388608"),
         "{error}"
     );
     let mut back = [0; 100];
-    stream.download(buffer.ptr(), &mut back).unwrap();
+    stream.get(buffer.ptr(), &mut back).unwrap();
     assert_eq!((back, slots(&stub)), ([7; 100], 3));
     drop((stream, buffer, device));
     assert_eq!(stub.live(), "");
@@ -234,7 +234,7 @@ fn uploads_within_uploads_get_slots_of_their_own() {
             assert_eq!(slots(stub), 5);
             return Ok(());
         }
-        device.stream()?.upload_with(buffer.ptr().offset(depth), 1, &mut |out| {
+        device.stream()?.put_with(buffer.ptr().offset(depth), 1, &mut |out| {
             out.fill(depth as u8);
             nest(device, stub, buffer, depth + 1)
         })
@@ -245,7 +245,7 @@ fn uploads_within_uploads_get_slots_of_their_own() {
     nest(&device, &stub, &buffer, 0).unwrap();
     assert_eq!(slots(&stub), 3);
     let mut back = [9; 5];
-    device.stream().unwrap().download(buffer.ptr(), &mut back).unwrap();
+    device.stream().unwrap().get(buffer.ptr(), &mut back).unwrap();
     assert_eq!(back, [0, 1, 2, 3, 4]);
     drop((buffer, device));
     assert_eq!(stub.live(), "");

@@ -43,15 +43,15 @@ fn copies_outside_an_allocation_are_errors() {
     let buffer = rig.device.alloc(64, "b").unwrap();
     let mut bytes = [0; 65];
     for (result, what) in [
-        (rig.stream.download(buffer.ptr(), &mut bytes), "download of 65 bytes"),
-        (rig.stream.upload(buffer.ptr().offset(1), &[0; 64]), "upload of 64 bytes"),
-        (rig.stream.fill(Span { ptr: DevicePtr(8), bytes: 1 }, 0), "fill of 1 bytes"),
+        (rig.stream.get(buffer.ptr(), &mut bytes), "download of 65 bytes"),
+        (rig.stream.put(buffer.ptr().offset(1), &[0; 64]), "upload of 64 bytes"),
+        (rig.stream.set(Span { ptr: DevicePtr(8), bytes: 1 }, 0), "fill of 1 bytes"),
     ] {
         assert!(result.unwrap_err().to_string().contains(what));
     }
     let ptr = buffer.ptr();
     drop(buffer);
-    assert!(rig.stream.fill(Span { ptr, bytes: 1 }, 0).is_err());
+    assert!(rig.stream.set(Span { ptr, bytes: 1 }, 0).is_err());
 }
 
 /// What a copy finds there stays there until it is done: memory that is freed on another thread is overwritten at once.
@@ -60,7 +60,7 @@ fn nothing_is_freed_under_a_copy() {
     for _ in 0..20 {
         let mut rig = Rig::new(options());
         let buffer = rig.device.alloc(1 << 20, "b").unwrap();
-        rig.stream.fill(buffer.span(), 7).unwrap();
+        rig.stream.set(buffer.span(), 7).unwrap();
         let (ptr, begun) = (buffer.ptr(), Barrier::new(2));
         std::thread::scope(|scope| {
             scope.spawn(|| {
@@ -69,7 +69,7 @@ fn nothing_is_freed_under_a_copy() {
             });
             let mut bytes = vec![0; 1 << 20];
             begun.wait();
-            while rig.stream.download(ptr, &mut bytes).is_ok() {
+            while rig.stream.get(ptr, &mut bytes).is_ok() {
                 assert!(bytes.iter().all(|&byte| byte == 7));
             }
         });
@@ -120,7 +120,7 @@ fn a_failed_launch_leaves_the_device_in_error_until_reset() {
     for result in [
         rig.stream.start(&good),
         rig.stream.synchronize(),
-        rig.stream.upload(buffer.ptr(), &[0]),
+        rig.stream.put(buffer.ptr(), &[0]),
         rig.device.alloc(1, "x").map(drop),
         rig.stream.record().map(drop),
     ] {
@@ -232,7 +232,7 @@ fn replay_runs_the_list_again() {
     let executable = rig.stream.prepare(list).unwrap();
     for round in 0..3 {
         let input: Vec<f32> = ramp(256).iter().map(|v| v + round as f32).collect();
-        rig.stream.upload(x.ptr(), bytemuck::cast_slice(&input)).unwrap();
+        rig.stream.put(x.ptr(), bytemuck::cast_slice(&input)).unwrap();
         rig.stream.replay(&*executable).unwrap();
         let event = rig.stream.record().unwrap();
         event.wait().unwrap();
@@ -256,7 +256,7 @@ fn legal_orders_find_a_missing_edge() {
             }
             let executable = rig.stream.prepare(list).unwrap();
             for _ in 0..4 {
-                rig.stream.fill(y.span(), 0xff).unwrap();
+                rig.stream.set(y.span(), 0xff).unwrap();
                 rig.stream.replay(&*executable).unwrap();
                 let z = rig.download::<f32>(&z);
                 wrong += usize::from(z.iter().zip(ramp(256)).any(|(z, x)| *z != x + 2.0));

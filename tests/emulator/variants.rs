@@ -41,21 +41,24 @@ unsafe impl Device for Swapping {
 }
 
 impl Stream for SwappingStream {
-    fn upload_with(
+    unsafe fn upload_with(
         &mut self,
         dst: DevicePtr,
         bytes: usize,
         fill: &mut dyn FnMut(&mut [u8]) -> Result<()>,
     ) -> Result<()> {
-        self.inner.upload_with(dst, bytes, fill)
+        // SAFETY: promised by the caller.
+        unsafe { self.inner.upload_with(dst, bytes, fill) }
     }
 
-    fn download(&mut self, src: DevicePtr, bytes: &mut [u8]) -> Result<()> {
-        self.inner.download(src, bytes)
+    unsafe fn download(&mut self, src: DevicePtr, bytes: &mut [u8]) -> Result<()> {
+        // SAFETY: promised by the caller.
+        unsafe { self.inner.download(src, bytes) }
     }
 
-    fn fill(&mut self, span: Span, byte: u8) -> Result<()> {
-        self.inner.fill(span, byte)
+    unsafe fn fill(&mut self, span: Span, byte: u8) -> Result<()> {
+        // SAFETY: promised by the caller.
+        unsafe { self.inner.fill(span, byte) }
     }
 
     unsafe fn launch(&mut self, node: &Node) -> Result<()> {

@@ -17,7 +17,7 @@ mod stream;
 mod sys;
 mod turns;
 
-use super::{Buffer, Device, DeviceInfo, DevicePtr, Span, Stream, cubins};
+use super::{Buffer, Copies, Device, DeviceInfo, DevicePtr, Span, Stream, cubins};
 use crate::error::{Error, Result};
 use shared::{Shared, explain};
 use std::ffi::{c_char, c_int};
@@ -230,7 +230,7 @@ unsafe impl Device for CudaDevice {
         let memory = Memory { ptr, bytes, shared: shared.clone() };
         if shared.options.poison {
             let mut stream = self.stream()?;
-            stream.fill(Span { ptr: DevicePtr(ptr), bytes }, 0xff)?;
+            stream.set(Span { ptr: DevicePtr(ptr), bytes }, 0xff)?;
             stream.synchronize()?;
         }
         // SAFETY: just allocated, and freed by `memory`.

@@ -55,7 +55,7 @@ impl Drop for CudaStream {
 }
 
 impl Stream for CudaStream {
-    fn upload_with(
+    unsafe fn upload_with(
         &mut self,
         dst: DevicePtr,
         bytes: usize,
@@ -73,7 +73,7 @@ impl Stream for CudaStream {
         lease.copy(self.handle, dst.0, bytes)
     }
 
-    fn download(&mut self, src: DevicePtr, bytes: &mut [u8]) -> Result<()> {
+    unsafe fn download(&mut self, src: DevicePtr, bytes: &mut [u8]) -> Result<()> {
         if bytes.is_empty() {
             return Ok(());
         }
@@ -89,7 +89,7 @@ impl Stream for CudaStream {
         shared.check(unsafe { shared.driver.cuStreamSynchronize(self.handle) })
     }
 
-    fn fill(&mut self, span: Span, byte: u8) -> Result<()> {
+    unsafe fn fill(&mut self, span: Span, byte: u8) -> Result<()> {
         if span.bytes == 0 {
             return Ok(());
         }
@@ -100,7 +100,7 @@ impl Stream for CudaStream {
         shared.check(status)
     }
 
-    fn fill_rows(&mut self, first: Span, pitch_bytes: usize, rows: usize, byte: u8) -> Result<()> {
+    unsafe fn fill_rows(&mut self, first: Span, pitch_bytes: usize, rows: usize, byte: u8) -> Result<()> {
         if first.bytes == 0 || rows == 0 {
             return Ok(());
         }

@@ -1,10 +1,11 @@
 //! Streams of the emulated device: everything enqueued has run when the call returns.
 //!
-//! Copies and fills look their range up in the table of allocations and keep the table locked until they are done: a
-//! range outside one live allocation is an error, and no other thread frees the allocation meanwhile, or copies there.
-//! Freeing takes the same lock, and nothing else while it holds it; nothing that a copy calls frees or allocates. A
-//! launch looks its spans up too but does not hold the lock while it runs, which would let one session run at a time:
-//! that nobody frees or touches its memory meanwhile is its caller's promise.
+//! Copies and fills promise more than [`Stream`] asks for. They look their range up in the table of allocations and
+//! keep the table locked until they are done: a range outside one live allocation is an error, and no other thread
+//! frees the allocation meanwhile, or copies there. Freeing takes the same lock, and no other while it holds it;
+//! nothing that a copy calls in between frees or allocates. Launches look their declared spans up too, but run without
+//! the lock, or one session would wait for another's kernels: that nobody frees or touches their memory meanwhile, by
+//! copies neither, is their callers' promise alone.
 
 use super::audit::Names;
 use super::ffi::{self, Kernel, RawSpan};
@@ -164,7 +165,7 @@ impl EmulatedStream {
 }
 
 impl Stream for EmulatedStream {
-    fn upload_with(
+    unsafe fn upload_with(
         &mut self,
         dst: DevicePtr,
         bytes: usize,
@@ -182,21 +183,22 @@ impl Stream for EmulatedStream {
         Ok(())
     }
 
-    fn upload(&mut self, dst: DevicePtr, bytes: &[u8]) -> Result<()> {
+    unsafe fn upload(&mut self, dst: DevicePtr, bytes: &[u8]) -> Result<()> {
         let target = self.resolve(dst, bytes.len(), "upload")?;
-        // SAFETY: the range lies inside an allocation that lives as long as `target`, and no host slice overlaps it.
+        // SAFETY: the range lies inside an allocation that lives as long as `target`, and no host slice overlaps it; no
+        // kernel is at work there, as the caller promised.
         unsafe { target.start.copy_from_nonoverlapping(bytes.as_ptr(), bytes.len()) };
         Ok(())
     }
 
-    fn download(&mut self, src: DevicePtr, bytes: &mut [u8]) -> Result<()> {
+    unsafe fn download(&mut self, src: DevicePtr, bytes: &mut [u8]) -> Result<()> {
         let source = self.resolve(src, bytes.len(), "download")?;
         // SAFETY: as in `upload`.
         unsafe { source.start.copy_to_nonoverlapping(bytes.as_mut_ptr(), bytes.len()) };
         Ok(())
     }
 
-    fn fill(&mut self, span: Span, byte: u8) -> Result<()> {
+    unsafe fn fill(&mut self, span: Span, byte: u8) -> Result<()> {
         let target = self.resolve(span.ptr, span.bytes, "fill")?;
         // SAFETY: as in `upload`.
         unsafe { target.start.write_bytes(byte, span.bytes) };
