@@ -201,8 +201,7 @@ fn upload(
     (model, vae): ((&ModelConfig, &ModelWeights), (&VaeConfig, &VaeWeights)),
     progress: Option<(u64, &mut OnProgress<'_>)>,
 ) -> Result<NextStep> {
-    let mut stream = device.stream()?;
-    let mut up = Uploader::new(device.clone(), stream.as_mut(), options.dtype, &options.kernels);
+    let mut up = Uploader::new(device.clone(), options.dtype, &options.kernels)?;
     if let (Some((of_bytes, callback)), true) = (progress, device.holds_data()) {
         up = up.with_threads(options.load_threads)?.with_progress(of_bytes, callback);
     }

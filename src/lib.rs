@@ -47,7 +47,9 @@
 //! from checkpoints, and allocates no more device memory than [`engine::Engine::plan`] says: a session keeps that of its
 //! last request, overwritten but for the prompts' keys and values, until a request of another shape or
 //! [`session::Session::forget`]. A text takes what [`engine::Engine::plan_text`] says beside it while it is completed.
+//! Drawing, editing and writing need no unsafe code: only launches and copies of one's own do ([`device`]).
 #![warn(missing_docs)]
+#![warn(clippy::undocumented_unsafe_blocks)]
 
 pub mod bench;
 pub mod conformance;

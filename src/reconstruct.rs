@@ -1,6 +1,6 @@
 //! Pictures through the VAE and back: what the tokenizer of images keeps of them.
 
-use crate::device::{NodeList, Stream};
+use crate::device::{Copies, NodeList, Stream};
 use crate::engine::Engine;
 use crate::error::{Error, Result};
 use crate::image::RgbImage;
@@ -94,11 +94,10 @@ pub fn reconstruct(engine: &Engine, image: &RgbImage, noise: LatentNoise) -> Res
         taps: ops::encode_latent::Taps::default(),
     };
     encoder.record_tokens(&launch, &mut list, &encoded, &outputs)?;
-    stream.upload(encoded.pixels.ptr, &encode(dtype, VaeEncoder::pixel_values(image)).0)?;
-    let executable = stream.instantiate(Arc::new(list))?;
-    stream.replay(executable.as_ref())?;
+    stream.put(encoded.pixels, &encode(dtype, VaeEncoder::pixel_values(image)).0)?;
+    run(stream.as_mut(), list)?;
     let mut raw = vec![0; bytes];
-    stream.download(tokens.ptr(), &mut raw)?;
+    stream.get(tokens.span(), &mut raw)?;
     let mut values = decode(dtype, &raw);
     let area = model.config.latent_patch_size.pow(2);
     let channels = channel_stats(&values, model.config.latent_channels, area);
@@ -109,7 +108,7 @@ pub fn reconstruct(engine: &Engine, image: &RgbImage, noise: LatentNoise) -> Res
         for (value, draw) in values.iter_mut().zip(draws) {
             *value += noise.sigma * draw;
         }
-        stream.upload(tokens.ptr(), &encode(dtype, values).0)?;
+        stream.put(tokens.span(), &encode(dtype, values).0)?;
     }
     let mut list = NodeList::new();
     let decoded = model.vae.record(&launch, &mut list, tokens.span(), 1, grid, arena.span())?;
@@ -145,7 +144,7 @@ pub fn decode_tokens(engine: &Engine, tokens: &ImageTokens) -> Result<Vec<RgbIma
     let arena = device.alloc(arena_bytes, "vae")?;
     let source = device.alloc(bytes.len(), "tokens")?;
     let mut stream = device.stream()?;
-    stream.upload(source.ptr(), &bytes)?;
+    stream.put(source.span(), &bytes)?;
     let launch = Launch {
         selection: &engine.options.kernels,
         dtype,
@@ -158,10 +157,17 @@ pub fn decode_tokens(engine: &Engine, tokens: &ImageTokens) -> Result<Vec<RgbIma
     pictures(stream.as_mut(), list, &decoded)
 }
 
+/// Enqueues the nodes of the model's encoder or decoder.
+fn run(stream: &mut dyn Stream, list: NodeList) -> Result<()> {
+    // SAFETY: over the weights of the engine's model and an arena and tokens of the sizes that the two plan, on the
+    // engine's device; the callers hold all of it until they have the results. No tables.
+    let executable = unsafe { stream.instantiate(Arc::new(list)) }?;
+    stream.replay(executable.as_ref())
+}
+
 /// Runs a decoder's nodes and brings its pictures to the host.
 fn pictures(stream: &mut dyn Stream, list: NodeList, decoded: &Decoded) -> Result<Vec<RgbImage>> {
-    let executable = stream.instantiate(Arc::new(list))?;
-    stream.replay(executable.as_ref())?;
+    run(stream, list)?;
     decoded.download(stream)
 }
 

@@ -6,7 +6,7 @@
 
 mod bound;
 
-use crate::device::{Event as DeviceEvent, nvtx};
+use crate::device::{Copies, Event as DeviceEvent, nvtx};
 use crate::engine::{Engine, Plan};
 use crate::error::{Error, Result};
 use crate::event::{CancelToken, Control, Event, Reuse, Timings, ask, milliseconds};
@@ -220,7 +220,7 @@ impl Session {
     fn tokens(&self, run: &mut Run) -> Result<ImageTokens> {
         let span = run.buffers().tokens;
         let mut bytes = vec![0; span.bytes];
-        run.stream().download(span.ptr, &mut bytes)?;
+        run.stream().get(span, &mut bytes)?;
         let spec = run.spec();
         Ok(ImageTokens {
             model: self.engine.name().to_owned(),

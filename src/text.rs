@@ -24,7 +24,6 @@ use crate::session::{Listener, Session};
 use crate::tokenizer::{BEGIN_OF_REFINEMENT, BEGIN_OF_THINKING, END_OF_REFINEMENT, END_OF_THINKING};
 use pieces::Pieces;
 use serde::Serialize;
-use std::sync::Arc;
 use std::time::Instant;
 
 /// What the model is made to write before it draws. The text ends at the mark's own end, and at any other special
@@ -235,9 +234,8 @@ impl Session {
         let mut run = self.beside_kept(plan.request_bytes(), || {
             TextRun::new(model.clone(), &engine.device, kernels.clone(), spec.clone())
         })?;
-        let (prefill, token) = (Arc::new(run.record_prefill()?), Arc::new(run.record_token()?));
-        let prefill = run.stream().instantiate(prefill)?;
-        let token = run.stream().instantiate(token)?;
+        let (prefill, token) = (run.record_prefill()?, run.record_token()?);
+        let (prefill, token) = (run.instantiate(prefill)?, run.instantiate(token)?);
         timings.setup_ms = milliseconds(mark.elapsed());
         listener.send(&Event::Started { prompt_tokens: plan.prompt_tokens, image_tokens: 0, images: 0 })?;
 

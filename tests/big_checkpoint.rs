@@ -94,7 +94,8 @@ struct Seen {
     most_anonymous: AtomicU64,
 }
 
-impl Device for Sink {
+// SAFETY: nothing runs.
+unsafe impl Device for Sink {
     fn info(&self) -> DeviceInfo {
         let name = "sink".into();
         DeviceInfo { kind: "emulated", name, sm_count: HOPPER_SMS, memory_bytes: None, l2_bytes: None }
@@ -102,7 +103,8 @@ impl Device for Sink {
 
     fn alloc(&self, bytes: usize, _label: &str) -> Result<Buffer> {
         let ptr = self.next.fetch_add((bytes as u64).next_multiple_of(256), Ordering::Relaxed);
-        Ok(Buffer::new(DevicePtr(ptr), bytes, Arc::new(())))
+        // SAFETY: addresses that were not given out before, of a device that runs nothing.
+        Ok(unsafe { Buffer::new(DevicePtr(ptr), bytes, Arc::new(())) })
     }
 
     fn name_span(&self, _span: Span, _label: &str) {}
@@ -121,7 +123,7 @@ struct SinkStream {
 }
 
 impl Stream for SinkStream {
-    fn upload_with(
+    unsafe fn upload_with(
         &mut self,
         _dst: DevicePtr,
         bytes: usize,
@@ -134,19 +136,19 @@ impl Stream for SinkStream {
         Ok(())
     }
 
-    fn download(&mut self, _src: DevicePtr, _bytes: &mut [u8]) -> Result<()> {
+    unsafe fn download(&mut self, _src: DevicePtr, _bytes: &mut [u8]) -> Result<()> {
         unreachable!("loading reads nothing back")
     }
 
-    fn fill(&mut self, _span: Span, _byte: u8) -> Result<()> {
+    unsafe fn fill(&mut self, _span: Span, _byte: u8) -> Result<()> {
         Ok(())
     }
 
-    fn launch(&mut self, _node: &Node) -> Result<()> {
+    unsafe fn launch(&mut self, _node: &Node) -> Result<()> {
         unreachable!("loading launches nothing")
     }
 
-    fn instantiate(&mut self, _list: Arc<NodeList>) -> Result<Box<dyn Executable>> {
+    unsafe fn instantiate(&mut self, _list: Arc<NodeList>) -> Result<Box<dyn Executable>> {
         unreachable!("loading launches nothing")
     }
 

@@ -3,7 +3,11 @@
 //! Runs in the `count` build of the emulated device only (`tools/emulator-test.sh count --test byte_audit`); other
 //! builds observe no memory access and have nothing to count.
 
+#[path = "support/streams.rs"]
+mod streams;
+
 use std::sync::Arc;
+use streams::TestStream;
 use warpstep::device::emulated::{EmulatedDevice, EmulatedOptions, LaunchAudit, build_kind};
 use warpstep::device::{Buffer, Device, Node, Span, Stream};
 use warpstep::ops::product::{Layout, Next, ProductScratch, Weight};
@@ -41,7 +45,7 @@ impl Bench {
     /// Memory whose contents do not matter: the kernels' addresses follow from shapes and indices alone.
     fn zeros(&mut self, name: &str, bytes: usize) -> Span {
         let buffer = self.device.alloc(bytes, name).unwrap();
-        self.stream.fill(buffer.span(), 0).unwrap();
+        self.stream.set(buffer.span(), 0).unwrap();
         let span = buffer.span();
         self.buffers.push(buffer);
         span
@@ -49,7 +53,7 @@ impl Bench {
 
     fn indices(&mut self, name: &str, values: &[u32]) -> Span {
         let span = self.zeros(name, values.len() * 4);
-        self.stream.upload(span.ptr, bytemuck::cast_slice(values)).unwrap();
+        self.stream.put(span.ptr, bytemuck::cast_slice(values)).unwrap();
         span
     }
 
@@ -59,11 +63,15 @@ impl Bench {
         Some(ProductScratch { partial, arrivals, next: None })
     }
 
-    fn run(&mut self, node: &Node) -> LaunchAudit {
+    fn count(&mut self, node: &Node) -> LaunchAudit {
         self.device.take_audit();
-        self.stream.launch(node).unwrap();
+        self.stream.start(node).unwrap();
         self.stream.synchronize().unwrap();
-        let audit = self.device.take_audit().pop().expect("one launch was counted");
+        self.device.take_audit().pop().expect("one launch was counted")
+    }
+
+    fn run(&mut self, node: &Node) -> LaunchAudit {
+        let audit = self.count(node);
         assert!(audit.undeclared.is_empty(), "{}: {:?}", node.label, audit.undeclared);
         audit
     }
@@ -234,10 +242,7 @@ fn a_launch_asks_for_the_next_ones_weights() {
             inner,
             scratch: Some(scratch.ahead(Some(Next { weights: next, first }))),
         };
-        bench.device.take_audit();
-        bench.stream.launch(&ops::o_proj::node(&launch, "o_proj", &args).unwrap()).unwrap();
-        bench.stream.synchronize().unwrap();
-        let audit = bench.device.take_audit().pop().unwrap();
+        let audit = bench.count(&ops::o_proj::node(&launch, "o_proj", &args).unwrap());
         assert!(audit.undeclared.iter().all(|piece| piece.name == name), "{:?}", audit.undeclared);
         let asked = audit.buffers.iter().find(|b| b.name == name).unwrap();
         let bytes = (steps * STEP) as u64;
@@ -340,7 +345,7 @@ fn the_flow_head_reads_modulations_once_and_the_chain_once_per_evaluation() {
     let b_next = bench.zeros("b_next", HIDDEN * E);
     let table = vec![SolverStep { keep: 1.0, velocity: 0.5, noise: 0.0, pad: 0 }; steps];
     let steps_table = bench.zeros("steps", steps * size_of::<SolverStep>());
-    bench.stream.upload(steps_table.ptr, bytemuck::cast_slice(&table)).unwrap();
+    bench.stream.put(steps_table.ptr, bytemuck::cast_slice(&table)).unwrap();
     let floats = |bench: &mut Bench, name: &str, n: usize| bench.zeros(name, n * 4);
     let chain = ops::flow_chain::Args {
         modulation,

@@ -3,9 +3,13 @@
 //! `vae_psz2` is part of the repository; the other recorded cases are checked where the fixtures' folder lies
 //! beside the checkout.
 
+#[path = "support/streams.rs"]
+mod streams;
+
 use safetensors::SafeTensors;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
+use streams::TestStream;
 use warpstep::device::emulated::{EmulatedDevice, EmulatedOptions, ReplayOrder};
 use warpstep::device::{Device, NodeList, Stream};
 use warpstep::model::config::VaeConfig;
@@ -52,10 +56,11 @@ struct Rigged {
 impl Rigged {
     fn new(config: VaeConfig, weights: &VaeWeights, dtype: DType, options: EmulatedOptions) -> Rigged {
         let device: Arc<dyn Device> = Arc::new(EmulatedDevice::new(options).unwrap());
-        let mut stream = device.stream().unwrap();
+        let stream = device.stream().unwrap();
         let selection = Selection::default();
-        let mut up = Uploader::new(device.clone(), stream.as_mut(), dtype, &selection);
+        let mut up = Uploader::new(device.clone(), dtype, &selection).unwrap();
         let decoder = VaeDecoder::load(&config, weights, 2, &mut up).unwrap();
+        up.wait().unwrap();
         let (buffers, _) = up.finish();
         Rigged { device, stream, decoder, config, dtype, selection, _weights: buffers }
     }
@@ -70,7 +75,7 @@ impl Rigged {
     fn arena(&mut self, bytes: usize) -> Buffer {
         let arena = self.device.alloc(bytes, "vae arena").unwrap();
         // What nobody wrote must not be read.
-        self.stream.fill(arena.span(), 0xff).unwrap();
+        self.stream.set(arena.span(), 0xff).unwrap();
         arena
     }
 
@@ -90,9 +95,9 @@ impl Rigged {
         let size = (height, width);
         let decoded =
             self.decoder.record_latent(&launch, &mut list, images, size, arena.span(), true).unwrap();
-        self.stream.upload(decoded.latent.ptr, &encode(self.dtype, latent.to_vec()).0).unwrap();
+        self.stream.put(decoded.latent.ptr, &encode(self.dtype, latent.to_vec()).0).unwrap();
         for (index, node) in list.nodes().iter().enumerate() {
-            self.stream.launch(node).unwrap();
+            self.stream.start(node).unwrap();
             for found in decoded.taps.iter().filter(|t| t.node == index) {
                 assert_eq!(found.label, node.label);
                 let values = self.read(found.span);
@@ -105,13 +110,13 @@ impl Rigged {
 
     fn read(&mut self, span: warpstep::device::Span) -> Vec<f32> {
         let mut bytes = vec![0; span.bytes];
-        self.stream.download(span.ptr, &mut bytes).unwrap();
+        self.stream.get(span.ptr, &mut bytes).unwrap();
         decode(self.dtype, &bytes)
     }
 
     fn outputs(&mut self, decoded: &Decoded) -> (Vec<f32>, Vec<u8>) {
         let mut rgb = vec![0; decoded.rgb.bytes];
-        self.stream.download(decoded.rgb.ptr, &mut rgb).unwrap();
+        self.stream.get(decoded.rgb.ptr, &mut rgb).unwrap();
         (self.read(decoded.image), rgb)
     }
 
@@ -121,13 +126,13 @@ impl Rigged {
         let arena = self.arena(bytes);
         let tokens = encode(self.dtype, tokens.to_vec()).0;
         let source = self.device.alloc(tokens.len(), "tokens").unwrap();
-        self.stream.upload(source.ptr(), &tokens).unwrap();
+        self.stream.put(source.ptr(), &tokens).unwrap();
         let selection = Selection::default();
         let launch = Launch { selection: &selection, dtype: self.dtype, sm_count: 132, dependent: true };
         let mut list = NodeList::new();
         let span = source.span();
         let decoded = self.decoder.record(&launch, &mut list, span, images, grid, arena.span()).unwrap();
-        let executable = self.stream.instantiate(Arc::new(list)).unwrap();
+        let executable = self.stream.prepare(list).unwrap();
         self.stream.replay(executable.as_ref()).unwrap();
         let latent = self.read(decoded.latent);
         let (image, rgb) = self.outputs(&decoded);
@@ -436,23 +441,24 @@ fn check_encoder(
     let device: Arc<dyn Device> = Arc::new(EmulatedDevice::new(options).unwrap());
     let mut stream = device.stream().unwrap();
     let selection = Selection::default();
-    let mut up = Uploader::new(device.clone(), stream.as_mut(), dtype, &selection);
+    let mut up = Uploader::new(device.clone(), dtype, &selection).unwrap();
     let encoder = VaeEncoder::load(&config, weights, &mut up).unwrap().expect("an encoder");
+    up.wait().unwrap();
     let _weights = up.finish();
     let pixels = Rig::new(device.clone(), 9).unwrap().normal(height * width * 3, 0.4);
     let (bytes, pixels) = encode(dtype, pixels);
     let arena = device.alloc(encoder.plan((height, width), dtype).unwrap(), "encoder").unwrap();
-    stream.fill(arena.span(), 0xff).unwrap();
+    stream.set(arena.span(), 0xff).unwrap();
     let launch = Launch { selection: &selection, dtype, sm_count: 132, dependent: true };
     let mut list = NodeList::new();
     let encoded = encoder.record(&launch, &mut list, (height, width), arena.span(), false).unwrap();
     let short = arena.span().slice(0, arena.bytes() - 256);
     assert!(encoder.record(&launch, &mut NodeList::new(), (height, width), short, false).is_err());
-    stream.upload(encoded.pixels.ptr, &bytes).unwrap();
-    let executable = stream.instantiate(Arc::new(list)).unwrap();
+    stream.put(encoded.pixels.ptr, &bytes).unwrap();
+    let executable = stream.prepare(list).unwrap();
     stream.replay(executable.as_ref()).unwrap();
     let mut got = vec![0; encoded.moments.bytes];
-    stream.download(encoded.moments.ptr, &mut got).unwrap();
+    stream.get(encoded.moments.ptr, &mut got).unwrap();
 
     fn moments<P: Precision>(
         config: &VaeConfig,

@@ -30,7 +30,7 @@ impl OpBytes {
 }
 
 /// Counts `list` of `run` by op, in the order in which ops first appear, with `context` slots of the cache filled.
-pub fn count(run: &Run, list: &NodeList, context: usize) -> Vec<OpBytes> {
+pub(crate) fn count(run: &Run, list: &NodeList, context: usize) -> Vec<OpBytes> {
     let mut ops: Vec<OpBytes> = Vec::new();
     for node in list.nodes() {
         let name = op_name(&node.label);

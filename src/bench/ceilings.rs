@@ -1,8 +1,9 @@
 //! What the card can do at best, measured in the same run as everything that is compared with it: a copy, a
 //! read-only stream and a large bf16 product, each by kernels of our own.
 
+use super::launch;
 use super::samples::{Effort, Row, time};
-use crate::device::{Buffer, Device, Node, Stream};
+use crate::device::{Buffer, Copies, Device, Node, Stream};
 use crate::error::{Error, Result};
 use crate::ops::bench::{self, Random};
 use crate::ops::product::{Layout, ProductScratch, Weight};
@@ -73,12 +74,12 @@ pub(super) fn random_buffer(
     random: Random,
 ) -> Result<Buffer> {
     let buffer = device.alloc(bytes, label)?;
-    stream.launch(&bench::fill(device.info().sm_count, dtype, buffer.span(), random)?)?;
+    launch(stream, &bench::fill(device.info().sm_count, dtype, buffer.span(), random)?)?;
     Ok(buffer)
 }
 
 fn launches(stream: &mut dyn Stream, effort: &Effort, node: &Node) -> Result<Vec<f64>> {
-    time(stream, effort, &mut |_| Ok(()), &mut |stream| stream.launch(node))
+    time(stream, effort, &mut |_| Ok(()), &mut |stream| launch(stream, node))
 }
 
 fn streams(device: &Arc<dyn Device>, effort: &Effort, bytes: usize) -> Result<(Row, Row)> {
@@ -88,7 +89,7 @@ fn streams(device: &Arc<dyn Device>, effort: &Effort, bytes: usize) -> Result<(R
     let src = random_buffer(device, stream.as_mut(), "bench.src", DType::Bf16, bytes, random)?;
     let dst = device.alloc(bytes, "bench.dst")?;
     let total = device.alloc(16, "bench.total")?;
-    stream.fill(total.span(), 0)?;
+    stream.set(total.span(), 0)?;
     let row = |test: &str, moved: usize, samples_ms| Row {
         test: test.into(),
         shape: format!("{bytes} bytes"),
@@ -118,7 +119,7 @@ fn gemm(device: &Arc<dyn Device>, effort: &Effort, side: usize) -> Result<Row> {
     let (floats, counters) = ProductScratch::sizes(sm_count, side);
     let partial = device.alloc(floats * 4, "bench.partial")?;
     let arrivals = device.alloc(counters * 4, "bench.arrivals")?;
-    stream.fill(arrivals.span(), 0)?;
+    stream.set(arrivals.span(), 0)?;
     let args = |variant: &str| ops::linear::Args {
         x: x.span(),
         w: Weight { span: w.span(), layout: Layout::of_variant(variant) },

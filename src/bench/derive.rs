@@ -73,15 +73,14 @@ pub fn derive(
 }
 
 /// A generation that can be recorded and not run.
-pub fn paper_run(
+pub(crate) fn paper_run(
     (config, vae): &(ModelConfig, VaeConfig),
     dtype: DType,
     options: &Options,
     size: (usize, usize),
 ) -> Result<Run> {
     let device: Arc<dyn Device> = Arc::new(PaperDevice::new(SM_COUNT));
-    let mut stream = device.stream()?;
-    let model = NextStep::random(&device, stream.as_mut(), (config, vae), dtype, &options.kernels, 1)?;
+    let model = NextStep::random(&device, (config, vae), dtype, &options.kernels, 1)?;
     let spec = spec(&model, options, grid(&model, size)?)?;
     Run::new(Arc::new(model), &device, options.kernels.clone(), spec)
 }

@@ -7,7 +7,8 @@
 //! before the graph starts. A flush by writing would not do: kernels would be charged for its lines' way to memory.
 
 use super::samples::{Effort, Floor, Row, time};
-use crate::device::{Buffer, Device, Node, NodeList, Span, Stream};
+use super::{instantiate, launch};
+use crate::device::{Buffer, Copies, Device, Node, NodeList, Span, Stream};
 use crate::error::Result;
 use crate::ops::bench;
 use crate::ops::harness::{Case, Prepared, Scale, prepare};
@@ -154,8 +155,8 @@ impl Bench {
         let elsewhere = device.alloc((2 * l2_bytes).next_multiple_of(16) as usize, "bench.elsewhere")?;
         let total = device.alloc(16, "bench.total")?;
         let mut stream = device.stream()?;
-        stream.fill(elsewhere.span(), 0x5a)?;
-        stream.fill(total.span(), 0)?;
+        stream.set(elsewhere.span(), 0x5a)?;
+        stream.set(total.span(), 0)?;
         stream.synchronize()?;
         Ok(Bench { device, l2_bytes, elsewhere, total })
     }
@@ -208,8 +209,8 @@ impl Bench {
                 Some(bench::sum(sm_count, self.elsewhere.span().slice(0, bytes), self.total.span())?)
             }
         };
-        let executable = stream.instantiate(Arc::new(launches))?;
-        let mut before = |stream: &mut dyn Stream| between.iter().try_for_each(|node| stream.launch(node));
+        let executable = instantiate(stream, launches)?;
+        let mut before = |stream: &mut dyn Stream| between.iter().try_for_each(|node| launch(stream, node));
         let cold =
             time(stream, &options.effort, &mut before, &mut |stream| stream.replay(executable.as_ref()))?;
 
@@ -218,7 +219,7 @@ impl Bench {
         for _ in 0..chain {
             list.push(node.clone());
         }
-        let executable = stream.instantiate(Arc::new(list))?;
+        let executable = instantiate(stream, list)?;
         let hot =
             time(stream, &options.effort, &mut |_| Ok(()), &mut |stream| stream.replay(executable.as_ref()))?;
 
@@ -352,7 +353,7 @@ mod tests {
                 }
             }
             let mut stream = bench.device.stream().unwrap();
-            let executable = stream.instantiate(Arc::new(launches)).unwrap();
+            let executable = instantiate(stream.as_mut(), launches).unwrap();
             stream.replay(executable.as_ref()).unwrap();
             stream.synchronize().unwrap();
             in_one_run += usize::from(plan.between == 0);

@@ -2,7 +2,7 @@
 //! the bus can carry in the same run.
 
 use super::samples::{Effort, Floor, Row, time};
-use crate::device::{Device, STAGING_BYTES, Stream};
+use crate::device::{Copies, Device, STAGING_BYTES, Stream};
 use crate::engine::{EngineOptions, Loading, open_files};
 use crate::error::{Error, Result};
 use crate::event::milliseconds;
@@ -122,7 +122,7 @@ fn copies(device: &Arc<dyn Device>, effort: &Effort, bytes: u64) -> Result<Row> 
     let buffer = device.alloc(STAGING_BYTES, "bench.upload")?;
     let mut stream = device.stream()?;
     let mut work = |stream: &mut dyn Stream| {
-        (0..count).try_for_each(|_| stream.upload_with(buffer.ptr(), STAGING_BYTES, &mut |_| Ok(())))
+        (0..count).try_for_each(|_| stream.put_with(buffer.span(), &mut |_| Ok(())))
     };
     let effort = Effort { warm_up: 1, repeats: REPEATS, in_flight: 1, ..*effort };
     let samples_ms = time(stream.as_mut(), &effort, &mut |_| Ok(()), &mut work)?;

@@ -3,7 +3,7 @@
 use super::bytes::{OpBytes, count, total};
 use super::ceilings::{Ceilings, random_buffer};
 use super::samples::{Effort, Row, time};
-use crate::device::{Device, Executable, NodeList, Stream};
+use crate::device::{Copies, Device, Executable, NodeList, Stream};
 use crate::engine::MAX_POSITIONS;
 use crate::error::{Error, Result};
 use crate::model::backbone::rope_frequencies;
@@ -198,7 +198,7 @@ struct Part {
 
 fn part(run: &mut Run, list: NodeList, context: usize) -> Result<Part> {
     let (kernels, ops) = (kernels_of(&list), count(run, &list, context));
-    Ok(Part { executable: run.stream().instantiate(Arc::new(list))?, kernels, ops })
+    Ok(Part { executable: run.instantiate(list)?, kernels, ops })
 }
 
 /// Random values in the cache and the residual rows, so that a position can be timed without making all tokens
@@ -208,7 +208,7 @@ fn fill_state(device: &Arc<dyn Device>, run: &mut Run) -> Result<()> {
     let (cache, x, dtype) = (*run.cache(), run.buffers().decode.x, run.dtype());
     let random = |seed| Random { seed, mean: 0.0, deviation: 1.0 };
     for (seed, span, dtype) in [(11, cache.keys, dtype), (12, cache.values, dtype), (13, x, DType::F32)] {
-        run.stream().launch(&bench::fill(sms, dtype, span, random(seed))?)?;
+        run.enqueue(&bench::fill(sms, dtype, span, random(seed))?)?;
     }
     run.stream().synchronize()
 }
@@ -245,9 +245,9 @@ fn tokens(
         let slots = vec![position as u32 - 1; row_pos.bytes / 4];
         let token = state.slice(offset_of!(GenerationState, token), size_of::<u32>());
         let place = |stream: &mut dyn Stream| {
-            stream.upload(row_pos.ptr, bytemuck::cast_slice(&slots))?;
+            stream.put(row_pos, bytemuck::cast_slice(&slots))?;
             // No more than this: what a token before reported stays to be seen.
-            stream.upload(token.ptr, bytemuck::bytes_of(&(index as u32)))
+            stream.put(token, bytemuck::bytes_of(&(index as u32)))
         };
         let mut lists: [NodeList; 4] = std::array::from_fn(|_| NodeList::new());
         run.record_step(&mut lists[0])?;
@@ -312,7 +312,7 @@ fn lm_head(device: &Arc<dyn Device>, model: &NextStep, options: &Options) -> Res
     let (floats, counters) = ProductScratch::sizes(sm_count, rows);
     let partial = device.alloc(floats * 4, "bench.lm_head.partial")?;
     let arrivals = device.alloc(counters * 4, "bench.lm_head.arrivals")?;
-    stream.fill(arrivals.span(), 0)?;
+    stream.set(arrivals.span(), 0)?;
     let args = ops::lm_head::Args {
         x: x.span(),
         norm_w: norm_w.span(),
@@ -328,7 +328,7 @@ fn lm_head(device: &Arc<dyn Device>, model: &NextStep, options: &Options) -> Res
     let launch = Launch { selection: &options.kernels, dtype, sm_count, dependent: true };
     let node = ops::lm_head::node(&launch, "bench.lm_head", &args)?;
     let samples_ms =
-        time(stream.as_mut(), &options.effort, &mut |_| Ok(()), &mut |stream| stream.launch(&node))?;
+        time(stream.as_mut(), &options.effort, &mut |_| Ok(()), &mut |stream| super::launch(stream, &node))?;
     Ok(Row {
         variant: node.kernel.symbol.into(),
         dtype: dtype.name().into(),
@@ -424,7 +424,7 @@ fn pictures(
     let random = Random { seed: 21, mean: 0.0, deviation: 1.0 };
     let latents = run.buffers().tokens;
     let dtype = run.dtype();
-    run.stream().launch(&bench::fill(sms, dtype, latents, random)?)?;
+    run.enqueue(&bench::fill(sms, dtype, latents, random)?)?;
     let samples_ms = time(run.stream(), &options.effort, &mut |_| Ok(()), &mut |stream| {
         stream.replay(image.executable.as_ref())
     })?;
@@ -462,11 +462,11 @@ fn pictures(
         enqueue_us.push(enqueuing.elapsed().as_secs_f64() * 1e6 / (tokens.max(2) - 1) as f64);
         stream.replay(last.executable.as_ref())?;
         stream.replay(image.executable.as_ref())?;
-        stream.download(decoded.rgb.ptr, &mut rgb)?;
+        stream.get(decoded.rgb, &mut rgb)?;
         samples_ms.push(start.elapsed().as_secs_f64() * 1e3);
         run.check_tokens()?;
         let mut bits = vec![0; latents.bytes];
-        run.stream().download(latents.ptr, &mut bits)?;
+        run.stream().get(latents, &mut bits)?;
         bits.extend_from_slice(&rgb);
         same_bits(picture, first_bits.get_or_insert_with(|| bits.clone()), &bits)?;
     }

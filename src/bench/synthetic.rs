@@ -63,8 +63,7 @@ pub fn model(
     kernels: &Selection,
     seed: u64,
 ) -> Result<NextStep> {
-    let mut stream = device.stream()?;
-    NextStep::random(device, stream.as_mut(), (config, vae), dtype, kernels, seed)
+    NextStep::random(device, (config, vae), dtype, kernels, seed)
 }
 
 #[cfg(test)]

@@ -9,7 +9,7 @@ mod units;
 
 pub use units::UNITS;
 
-use crate::device::{Buffer, Device, Geometry, KernelId, Node, NodeList, ParamBytes, Stream};
+use crate::device::{Buffer, Copies, Device, Geometry, KernelId, Node, NodeList, ParamBytes, Stream};
 use crate::error::{Error, Result};
 use crate::ops::params::ConformanceParams;
 use safetensors::tensor::{Dtype, SafeTensors, TensorView};
@@ -25,7 +25,7 @@ const FORMAT: &str = "warpstep conformance 1";
 
 /// What a unit must leave.
 #[derive(Clone, Debug)]
-pub enum Expected {
+pub(crate) enum Expected {
     /// These words, but for what is the hardware's own affair.
     Bits {
         /// Words.
@@ -39,7 +39,7 @@ pub enum Expected {
 
 /// One launch of a unit.
 #[derive(Clone, Copy, Debug)]
-pub struct Step {
+pub(crate) struct Step {
     /// Kernel in `conformance.cu`.
     pub symbol: &'static str,
     /// How it is launched.
@@ -54,11 +54,11 @@ pub struct Unit {
     /// Primitives of `dev.cuh` that it shows.
     pub primitives: &'static [&'static str],
     /// Launches, each after the one before.
-    pub steps: &'static [Step],
+    pub(crate) steps: &'static [Step],
     /// Input words.
-    pub input: fn() -> Vec<u32>,
+    pub(crate) input: fn() -> Vec<u32>,
     /// What the output must be, for that input.
-    pub expected: fn(&[u32]) -> Expected,
+    pub(crate) expected: fn(&[u32]) -> Expected,
 }
 
 /// The first word that is not as it should be.
@@ -82,11 +82,16 @@ pub fn find(name: &str) -> Result<&'static Unit> {
 
 fn upload(device: &dyn Device, stream: &mut dyn Stream, label: &str, words: &[u32]) -> Result<Buffer> {
     let buffer = device.alloc(size_of_val(words), label)?;
-    stream.upload(buffer.ptr(), bytemuck::cast_slice(words))?;
+    stream.put(buffer.span(), bytemuck::cast_slice(words))?;
     Ok(buffer)
 }
 
 impl Unit {
+    /// Kernels that it launches, in order.
+    pub fn symbols(&self) -> impl Iterator<Item = &'static str> + use<> {
+        self.steps.iter().map(|step| step.symbol)
+    }
+
     /// Runs the unit and returns its output words.
     pub fn run(&self, device: &dyn Device) -> Result<Vec<u32>> {
         let input = (self.input)();
@@ -116,10 +121,12 @@ impl Unit {
                 writes: vec![target.span(), scratch.span()],
             });
         }
-        let executable = stream.instantiate(Arc::new(list))?;
+        // SAFETY: the kernels take this struct, and touch as much of three buffers as it and the unit say, which only
+        // this crate can make; buffers and executable are held until the output was read.
+        let executable = unsafe { stream.instantiate(Arc::new(list)) }?;
         stream.replay(executable.as_ref())?;
         let mut words = vec![0u32; count];
-        stream.download(target.ptr(), bytemuck::cast_slice_mut(&mut words))?;
+        stream.get(target.span(), bytemuck::cast_slice_mut(&mut words))?;
         Ok(words)
     }
 

@@ -7,6 +7,18 @@
 //! lengths live in device memory.
 //!
 //! This module knows nothing of models or ops.
+//!
+//! # What is unsafe
+//!
+//! A kernel does what its parameters and the tables in device memory tell it to, with addresses that are plain numbers,
+//! and no device can check that: on the emulated one a wrong number is an access to any memory of the process. Nodes
+//! are data, which anybody may make; to run one is unsafe ([`Stream::launch`], [`Stream::instantiate`],
+//! [`Executable::set_params`]). So are copies: whoever knows, or guesses, the address of a table could send the next
+//! replay anywhere. What devices check all the same (ranges and declared spans in live memory, parameter structs of the
+//! right size) finds mistakes and replaces no promise. Handing out memory that is not there, or twice, would break all
+//! of them: a [`Device`] is unsafe to implement, and a [`Buffer`] unsafe to make.
+//!
+//! An engine and its sessions keep these promises for their callers, who need no unsafe code.
 
 pub mod cubins;
 pub mod cuda;
@@ -53,7 +65,11 @@ pub struct Buffer {
 
 impl Buffer {
     /// Wraps memory that `owner` frees on drop. For device implementations.
-    pub fn new(ptr: DevicePtr, bytes: usize, owner: Arc<dyn Any + Send + Sync>) -> Buffer {
+    ///
+    /// # Safety
+    /// The range is memory of the device, 256-byte aligned, that nobody else has and that stays until `owner` is
+    /// dropped; of a device that runs no kernel it may be addresses alone.
+    pub unsafe fn new(ptr: DevicePtr, bytes: usize, owner: Arc<dyn Any + Send + Sync>) -> Buffer {
         Buffer { ptr, bytes, _owner: owner }
     }
 
@@ -95,7 +111,12 @@ pub struct DeviceInfo {
 }
 
 /// A GPU, or something that behaves like one. Shared freely between threads.
-pub trait Device: Send + Sync {
+///
+/// # Safety
+/// Buffers of [`alloc`](Self::alloc) are as [`Buffer::new`] wants them, for the streams of [`stream`](Self::stream),
+/// and what is enqueued there does as asked: launches run in order, over what they were given. Memory is freed only
+/// after what was enqueued over it has run.
+pub unsafe trait Device: Send + Sync {
     /// Static facts.
     fn info(&self) -> DeviceInfo;
 
@@ -140,7 +161,12 @@ pub trait Stream: Send {
     /// `fill` is called on this thread with as many bytes, of any content, and must write them all; a device that holds
     /// no data need not call it. Its error is returned, and nothing is copied then. It may use other streams of the
     /// device.
-    fn upload_with(
+    ///
+    /// # Safety
+    /// Until the copy has run, its range is memory of this device that is not freed, and nothing on another stream
+    /// touches what it writes. What it writes breaks no promise of a launch that comes to read it, nor of a replay: a
+    /// table stays in range.
+    unsafe fn upload_with(
         &mut self,
         dst: DevicePtr,
         bytes: usize,
@@ -148,36 +174,69 @@ pub trait Stream: Send {
     ) -> Result<()>;
 
     /// Enqueues a host-to-device copy of any size; `bytes` may be reused when the call returns.
-    fn upload(&mut self, dst: DevicePtr, bytes: &[u8]) -> Result<()> {
+    ///
+    /// # Safety
+    /// As for [`upload_with`](Self::upload_with).
+    unsafe fn upload(&mut self, dst: DevicePtr, bytes: &[u8]) -> Result<()> {
         let mut dst = dst;
         for chunk in bytes.chunks(STAGING_BYTES) {
-            self.upload_with(dst, chunk.len(), &mut |out| {
+            let mut fill = |out: &mut [u8]| {
                 out.copy_from_slice(chunk);
                 Ok(())
-            })?;
+            };
+            // SAFETY: promised by the caller for all of it.
+            unsafe { self.upload_with(dst, chunk.len(), &mut fill) }?;
             dst = dst.offset(chunk.len());
         }
         Ok(())
     }
 
     /// Copies device memory to the host after everything enqueued before it; blocks.
-    fn download(&mut self, src: DevicePtr, bytes: &mut [u8]) -> Result<()>;
+    ///
+    /// # Safety
+    /// The range is memory of this device that is not freed meanwhile, nor written by anything on another stream.
+    unsafe fn download(&mut self, src: DevicePtr, bytes: &mut [u8]) -> Result<()>;
 
     /// Enqueues setting every byte of `span` to `byte`.
-    fn fill(&mut self, span: Span, byte: u8) -> Result<()>;
+    ///
+    /// # Safety
+    /// As for [`upload_with`](Self::upload_with).
+    unsafe fn fill(&mut self, span: Span, byte: u8) -> Result<()>;
 
     /// The same for `rows` ranges like `first`, each `pitch_bytes` after the one before.
-    fn fill_rows(&mut self, first: Span, pitch_bytes: usize, rows: usize, byte: u8) -> Result<()> {
+    ///
+    /// # Safety
+    /// As for [`upload_with`](Self::upload_with), for every range.
+    unsafe fn fill_rows(&mut self, first: Span, pitch_bytes: usize, rows: usize, byte: u8) -> Result<()> {
         (0..rows).try_for_each(|row| {
-            self.fill(Span { ptr: first.ptr.offset(row * pitch_bytes), bytes: first.bytes }, byte)
+            let span = Span { ptr: first.ptr.offset(row * pitch_bytes), bytes: first.bytes };
+            // SAFETY: promised by the caller.
+            unsafe { self.fill(span, byte) }
         })
     }
 
     /// Enqueues one node.
-    fn launch(&mut self, node: &Node) -> Result<()>;
+    ///
+    /// # Safety
+    /// Until the launch has ended (the stream was waited for, or the device is in error):
+    ///
+    /// * Kernel, geometry and parameter struct belong together.
+    /// * Every address in the parameters is one of memory of this device that is not freed, and large enough for all
+    ///   that the kernel does there with these parameters and with the contents of the tables that it reads: positions,
+    ///   sequences and indices lie in range.
+    /// * `reads` and `writes` name all of that memory.
+    /// * Nothing else, copies on other streams included, writes what the kernel reads or touches what it writes.
+    unsafe fn launch(&mut self, node: &Node) -> Result<()>;
 
     /// Prepares `list` for cheap replays on this stream.
-    fn instantiate(&mut self, list: Arc<NodeList>) -> Result<Box<dyn Executable>>;
+    ///
+    /// # Safety
+    /// As for [`launch`](Self::launch), for every node and at every replay until the last has ended, and the list's
+    /// edges order whatever may not run side by side. [`replay`](Self::replay) is safe because it is promised here:
+    /// whoever prepares a list keeps its memory as long as the executable may be replayed, gives the executable and
+    /// that memory only to code that keeps the promise too, and sees to it that between replays nothing but values in
+    /// range gets into the tables.
+    unsafe fn instantiate(&mut self, list: Arc<NodeList>) -> Result<Box<dyn Executable>>;
 
     /// Enqueues one replay of an executable made by this stream.
     fn replay(&mut self, executable: &dyn Executable) -> Result<()>;
@@ -192,11 +251,71 @@ pub trait Stream: Send {
     fn synchronize(&mut self) -> Result<()>;
 }
 
+/// Copies of this crate. Safe only in here, where whoever holds a [`Span`] is or works for the owner of its buffer, of
+/// the stream's device: a run, a rig, an uploader, a benchmark, a case of `verify`. None of them lets others have
+/// streams and spans of its memory, each uses one stream at a time, and tables are written in range: see what says so
+/// where each launches.
+pub(crate) trait Copies {
+    /// [`Stream::upload`] to the beginning of `span`, an error if it is shorter.
+    fn put(&mut self, span: Span, bytes: &[u8]) -> Result<()>;
+
+    /// [`Stream::upload_with`] to all of `span`.
+    fn put_with(&mut self, span: Span, fill: &mut dyn FnMut(&mut [u8]) -> Result<()>) -> Result<()>;
+
+    /// [`Stream::download`] of the beginning of `span`, an error if it is shorter.
+    fn get(&mut self, span: Span, bytes: &mut [u8]) -> Result<()>;
+
+    /// [`Stream::fill`].
+    fn set(&mut self, span: Span, byte: u8) -> Result<()>;
+
+    /// [`Stream::fill_rows`].
+    fn set_rows(&mut self, first: Span, pitch_bytes: usize, rows: usize, byte: u8) -> Result<()>;
+}
+
+fn check_fits(span: Span, bytes: usize) -> Result<()> {
+    match bytes <= span.bytes {
+        true => Ok(()),
+        false => Err(Error::Internal(format!("copy of {bytes} bytes and device memory of {}", span.bytes))),
+    }
+}
+
+impl Copies for dyn Stream + '_ {
+    fn put(&mut self, span: Span, bytes: &[u8]) -> Result<()> {
+        check_fits(span, bytes.len())?;
+        // SAFETY: see the trait.
+        unsafe { self.upload(span.ptr, bytes) }
+    }
+
+    fn put_with(&mut self, span: Span, fill: &mut dyn FnMut(&mut [u8]) -> Result<()>) -> Result<()> {
+        // SAFETY: see the trait.
+        unsafe { self.upload_with(span.ptr, span.bytes, fill) }
+    }
+
+    fn get(&mut self, span: Span, bytes: &mut [u8]) -> Result<()> {
+        check_fits(span, bytes.len())?;
+        // SAFETY: see the trait.
+        unsafe { self.download(span.ptr, bytes) }
+    }
+
+    fn set(&mut self, span: Span, byte: u8) -> Result<()> {
+        // SAFETY: see the trait.
+        unsafe { self.fill(span, byte) }
+    }
+
+    fn set_rows(&mut self, first: Span, pitch_bytes: usize, rows: usize, byte: u8) -> Result<()> {
+        // SAFETY: see the trait.
+        unsafe { self.fill_rows(first, pitch_bytes, rows, byte) }
+    }
+}
+
 /// A prepared node list; what it holds is the device's business.
 pub trait Executable: Send {
     /// Gives the node of this index the parameters of `node`, for replays enqueued from now on. An error if anything
     /// else of the node would change: its kernel, its geometry, what it reads and writes.
-    fn set_params(&mut self, index: usize, node: &Node) -> Result<()>;
+    ///
+    /// # Safety
+    /// As for [`Stream::instantiate`], with these parameters: other numbers in the same struct are other addresses.
+    unsafe fn set_params(&mut self, index: usize, node: &Node) -> Result<()>;
 
     /// For the device's own downcast.
     fn as_any(&self) -> &dyn Any;

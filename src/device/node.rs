@@ -24,6 +24,12 @@ impl Span {
             && other.ptr.0 < self.ptr.0 + self.bytes as u64
     }
 
+    /// Whether all of `other` lies in it.
+    pub fn contains(&self, other: &Span) -> bool {
+        let offset = other.ptr.0.checked_sub(self.ptr.0).and_then(|offset| usize::try_from(offset).ok());
+        offset.and_then(|offset| offset.checked_add(other.bytes)).is_some_and(|end| end <= self.bytes)
+    }
+
     /// `bytes` bytes from `offset` on. Panics in debug builds if that leaves the span.
     pub fn slice(&self, offset: usize, bytes: usize) -> Span {
         debug_assert!(offset + bytes <= self.bytes, "slice {offset}+{bytes} of a span of {}", self.bytes);

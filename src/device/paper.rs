@@ -24,7 +24,8 @@ impl PaperDevice {
     }
 }
 
-impl Device for PaperDevice {
+// SAFETY: nothing runs.
+unsafe impl Device for PaperDevice {
     fn info(&self) -> DeviceInfo {
         DeviceInfo { kind: "paper", name: "paper: records, computes nothing".into(), ..self.addresses.info() }
     }
@@ -52,7 +53,7 @@ fn refuse<T>(call: &str) -> Result<T> {
 }
 
 impl Stream for PaperStream {
-    fn upload_with(
+    unsafe fn upload_with(
         &mut self,
         _dst: DevicePtr,
         bytes: usize,
@@ -61,19 +62,19 @@ impl Stream for PaperStream {
         check_staging(bytes)
     }
 
-    fn download(&mut self, _src: DevicePtr, _bytes: &mut [u8]) -> Result<()> {
+    unsafe fn download(&mut self, _src: DevicePtr, _bytes: &mut [u8]) -> Result<()> {
         refuse("download")
     }
 
-    fn fill(&mut self, _span: Span, _byte: u8) -> Result<()> {
+    unsafe fn fill(&mut self, _span: Span, _byte: u8) -> Result<()> {
         Ok(())
     }
 
-    fn launch(&mut self, _node: &Node) -> Result<()> {
+    unsafe fn launch(&mut self, _node: &Node) -> Result<()> {
         Ok(())
     }
 
-    fn instantiate(&mut self, _list: Arc<NodeList>) -> Result<Box<dyn Executable>> {
+    unsafe fn instantiate(&mut self, _list: Arc<NodeList>) -> Result<Box<dyn Executable>> {
         refuse("instantiate")
     }
 
@@ -97,6 +98,7 @@ impl Stream for PaperStream {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::device::Copies;
 
     #[test]
     fn addresses_are_apart_and_nothing_is_answered_for() {
@@ -105,7 +107,7 @@ mod tests {
         let b = device.alloc(1 << 40, "b").unwrap();
         assert!(!a.span().overlaps(&b.span()) && b.ptr().0.is_multiple_of(256));
         let mut stream = device.stream().unwrap();
-        assert!(stream.upload(a.ptr(), &[1]).is_ok() && stream.synchronize().is_ok());
-        assert!(stream.download(a.ptr(), &mut [0]).is_err() && stream.record().is_err());
+        assert!(stream.put(a.span(), &[1]).is_ok() && stream.synchronize().is_ok());
+        assert!(stream.get(a.span(), &mut [0]).is_err() && stream.record().is_err());
     }
 }

@@ -25,7 +25,8 @@ impl PlanningDevice {
 
 const ALIGN: u64 = 256;
 
-impl Device for PlanningDevice {
+// SAFETY: nothing runs.
+unsafe impl Device for PlanningDevice {
     fn info(&self) -> DeviceInfo {
         DeviceInfo {
             kind: "planning",
@@ -45,7 +46,8 @@ impl Device for PlanningDevice {
             requested_bytes: bytes as u64,
             free_bytes: 0,
         })?;
-        Ok(Buffer::new(DevicePtr(ptr), bytes, Arc::new(())))
+        // SAFETY: addresses that were not given out before, of a device that runs nothing.
+        Ok(unsafe { Buffer::new(DevicePtr(ptr), bytes, Arc::new(())) })
     }
 
     fn holds_data(&self) -> bool {
@@ -66,7 +68,7 @@ fn refuse<T>() -> Result<T> {
 }
 
 impl Stream for PlanningStream {
-    fn upload_with(
+    unsafe fn upload_with(
         &mut self,
         _dst: DevicePtr,
         _bytes: usize,
@@ -75,19 +77,19 @@ impl Stream for PlanningStream {
         refuse()
     }
 
-    fn download(&mut self, _src: DevicePtr, _bytes: &mut [u8]) -> Result<()> {
+    unsafe fn download(&mut self, _src: DevicePtr, _bytes: &mut [u8]) -> Result<()> {
         refuse()
     }
 
-    fn fill(&mut self, _span: Span, _byte: u8) -> Result<()> {
+    unsafe fn fill(&mut self, _span: Span, _byte: u8) -> Result<()> {
         refuse()
     }
 
-    fn launch(&mut self, _node: &Node) -> Result<()> {
+    unsafe fn launch(&mut self, _node: &Node) -> Result<()> {
         refuse()
     }
 
-    fn instantiate(&mut self, _list: Arc<NodeList>) -> Result<Box<dyn Executable>> {
+    unsafe fn instantiate(&mut self, _list: Arc<NodeList>) -> Result<Box<dyn Executable>> {
         refuse()
     }
 

@@ -2,7 +2,7 @@
 
 use super::config::ModelConfig;
 use super::upload::Uploader;
-use crate::device::{Node, NodeList, Span, Stream};
+use crate::device::{Node, NodeList, Span};
 use crate::error::{Error, Result};
 use crate::ops::product::{ProductScratch, Weight};
 use crate::ops::{self, Launch};
@@ -220,23 +220,16 @@ impl FlowHead {
         })
     }
 
-    /// Computes `time_embed(t_n)` for the whole schedule into `time [N, F]`, once per session. `sinusoid` is
-    /// `[N, 256]` on the host; `input [N, 256]` and `hidden [N, F]` are scratch.
-    pub fn embed_times(
+    /// Nodes from the sinusoids of a schedule of `steps` in `input [N, 256]` to `time_embed(t_n)` in `time [N, F]`,
+    /// once per session; `hidden [N, F]` is scratch.
+    pub fn record_times(
         &self,
         launch: &Launch<'_>,
-        stream: &mut dyn Stream,
-        sinusoid: Vec<f32>,
+        steps: usize,
         (input, hidden): (Span, Span),
         time: Span,
         scratch: Option<ProductScratch>,
-    ) -> Result<()> {
-        let steps = sinusoid.len() / SINUSOID_WIDTH;
-        let (bytes, _) = ops::harness::encode(launch.dtype, sinusoid);
-        if bytes.len() != input.bytes {
-            return Err(Error::Internal(format!("{} bytes of sinusoids for {}", bytes.len(), input.bytes)));
-        }
-        stream.upload(input.ptr, &bytes)?;
+    ) -> Result<[Node; 2]> {
         let first = self.linear(
             launch,
             "flow.time_embed.0",
@@ -246,7 +239,6 @@ impl FlowHead {
             (steps, scratch),
             true,
         )?;
-        stream.launch(&first)?;
         let second = self.linear(
             launch,
             "flow.time_embed.2",
@@ -256,7 +248,7 @@ impl FlowHead {
             (steps, scratch),
             false,
         )?;
-        stream.launch(&second)
+        Ok([first, second])
     }
 
     #[expect(clippy::too_many_arguments, reason = "input, weight and output are pairs already")]

@@ -6,8 +6,8 @@ use super::flow_head::FlowHead;
 use super::lm_head::LmHead;
 use super::upload::Uploader;
 use super::vae::{VaeDecoder, VaeEncoder};
-use crate::device::{Buffer, Device, Stream};
-use crate::error::Result;
+use crate::device::{Buffer, Device};
+use crate::error::{Error, Result};
 use crate::ops::{DType, Selection};
 use crate::weights::{ModelWeights, VaeWeights};
 use std::sync::Arc;
@@ -15,26 +15,27 @@ use std::sync::Arc;
 /// Weights on a device. Constant after loading, shared by all sessions.
 pub struct NextStep {
     /// The transformer and `image_out_projector`.
-    pub backbone: Backbone,
+    pub(crate) backbone: Backbone,
     /// The flow head and `image_in_projector`.
-    pub flow: FlowHead,
+    pub(crate) flow: FlowHead,
     /// The VAE decoder.
-    pub vae: VaeDecoder,
+    pub(crate) vae: VaeDecoder,
     /// The VAE encoder, if the checkpoint has one.
-    pub encoder: Option<VaeEncoder>,
+    pub(crate) encoder: Option<VaeEncoder>,
     /// The LM head, if text was asked for.
-    pub text: Option<LmHead>,
+    pub(crate) text: Option<LmHead>,
     /// Sizes of the transformer and the flow head.
-    pub config: ModelConfig,
+    pub(crate) config: ModelConfig,
     /// Sizes of the VAE.
-    pub vae_config: VaeConfig,
+    pub(crate) vae_config: VaeConfig,
     /// Element type of weights, activations and cache.
-    pub dtype: DType,
+    pub(crate) dtype: DType,
     /// Variants chosen by name when the weights were laid out.
-    pub kernels: Selection,
+    pub(crate) kernels: Selection,
     weight_bytes: u64,
     read_bytes: u64,
     load_threads: usize,
+    device: Arc<dyn Device>,
     _buffers: Vec<Buffer>,
 }
 
@@ -47,7 +48,7 @@ impl NextStep {
         (vae_config, vae_weights): (&VaeConfig, &VaeWeights),
         text: bool,
     ) -> Result<NextStep> {
-        let (dtype, kernels) = (up.dtype(), up.kernels().clone());
+        let (dtype, kernels, device) = (up.dtype(), up.kernels().clone(), up.device());
         let backbone = Backbone::load(config, weights, &mut up)?;
         let flow = FlowHead::load(config, weights, &mut up)?;
         let vae = VaeDecoder::load(vae_config, vae_weights, config.latent_patch_size, &mut up)?;
@@ -72,6 +73,7 @@ impl NextStep {
             weight_bytes: bytes as u64,
             read_bytes,
             load_threads: threads,
+            device,
             _buffers: buffers,
         })
     }
@@ -80,7 +82,6 @@ impl NextStep {
     /// and operations count.
     pub fn random(
         device: &Arc<dyn Device>,
-        stream: &mut dyn Stream,
         (config, vae_config): (&ModelConfig, &VaeConfig),
         dtype: DType,
         kernels: &Selection,
@@ -88,8 +89,26 @@ impl NextStep {
     ) -> Result<NextStep> {
         let weights = ModelWeights::of_shapes(config)?;
         let vae_weights = VaeWeights::of_shapes(vae_config)?;
-        let up = Uploader::random(device.clone(), stream, dtype, kernels, seed);
+        let up = Uploader::random(device.clone(), dtype, kernels, seed)?;
         NextStep::load(up, (config, &weights), (vae_config, &vae_weights), false)
+    }
+
+    /// Refuses any device but the one that holds the weights: their addresses mean nothing on another.
+    pub(super) fn check_device(&self, device: &Arc<dyn Device>) -> Result<()> {
+        match std::ptr::addr_eq(Arc::as_ptr(&self.device), Arc::as_ptr(device)) {
+            true => Ok(()),
+            false => Err(Error::Internal("a run on another device than its model's".into())),
+        }
+    }
+
+    /// Sizes of the transformer and the flow head.
+    pub fn config(&self) -> &ModelConfig {
+        &self.config
+    }
+
+    /// Element type of weights, activations and cache.
+    pub fn dtype(&self) -> DType {
+        self.dtype
     }
 
     /// Bytes of device memory that the weights take.

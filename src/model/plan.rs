@@ -405,7 +405,7 @@ pub(super) fn plan_sources(
     }))
 }
 
-/// Bytes that [`Run::new`](super::run::Run::new) will allocate.
+/// Bytes that a run of `spec` will allocate.
 pub fn plan(model: &NextStep, info: &DeviceInfo, spec: &RunSpec) -> Result<RunBytes> {
     let planned = plan_memory(model, info, spec)?;
     Ok(RunBytes { cache: 2 * planned.cache_bytes as u64, activations: planned.layout.bytes() as u64 })

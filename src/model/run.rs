@@ -3,11 +3,18 @@
 //! A [`Run`] is what sessions drive token by token and what `verify` drives stage by stage; both replay the
 //! same nodes. Everything that changes from token to token is in device memory, so no list is ever rebuilt.
 //! Sessions take a run from request to request (`reuse`).
+//!
+//! # What may be launched
+//!
+//! Nodes of a run name buffers of its own and weights of its model, which are on its device; it holds both, and waits
+//! for its stream before it lets go of them. Tables are written by it alone, from a spec whose sizes it checks against
+//! the plan, and advance with the tokens: a token list is replayed once for every token of the spec, or `verify` and
+//! `bench` set the positions back between replays. Neither a run nor the addresses in it leave this crate.
 
 mod reuse;
 mod sources;
 
-pub use reuse::{PrefillShape, PromptTokens};
+pub use reuse::PrefillShape;
 pub(super) use sources::SourceParts;
 
 use super::arena::{Arena, Slot, Stage};
@@ -16,7 +23,7 @@ use super::flow_head::{DrawSource, FlowBuffers, FlowTaps};
 use super::nextstep::NextStep;
 use super::plan::{Draws, Planned, RunSpec, Slots, TapSlots, plan_memory};
 use super::vae::Decoded;
-use crate::device::{Buffer, Device, DeviceInfo, Node, NodeList, Span, Stream};
+use crate::device::{Buffer, Copies, Device, DeviceInfo, Executable, Node, NodeList, Span, Stream};
 use crate::error::{Error, Result};
 use crate::ops::params::{GenerationState, GridBarrier};
 use crate::ops::product::ProductScratch;
@@ -52,6 +59,7 @@ impl Run {
         selection: Selection,
         spec: RunSpec,
     ) -> Result<Run> {
+        model.check_device(device)?;
         let info = device.info();
         let Planned { layout, slots, capacity, splits, cache_bytes } = plan_memory(&model, &info, &spec)?;
         let keys = device.alloc(cache_bytes, "cache.keys")?;
@@ -96,7 +104,7 @@ impl Run {
         if bytes.len() != span.bytes {
             return Err(Error::Internal(format!("table of {} bytes for {}", bytes.len(), span.bytes)));
         }
-        self.stream.upload(span.ptr, bytes)
+        self.stream.put(span, bytes)
     }
 
     /// Uploads what may leave the end of `slot` unused: prompts are planned for in steps.
@@ -105,7 +113,7 @@ impl Run {
         if size_of_val(values) > span.bytes {
             return Err(Error::Internal(format!("table of {} rows for {} bytes", values.len(), span.bytes)));
         }
-        self.stream.upload(span.ptr, bytemuck::cast_slice(values))
+        self.stream.put(span, bytemuck::cast_slice(values))
     }
 
     /// Everything that a generation finds on the device when it begins, but what it keeps from the one before.
@@ -165,27 +173,22 @@ impl Run {
                     span.bytes / 4
                 )));
             }
-            self.stream.upload(span.ptr, bytemuck::cast_slice(draws))?;
+            self.stream.put(span, bytemuck::cast_slice(draws))?;
         }
         let parts = SourceParts::new(&self.model, &self.arena, &self.slots.sources, &self.spec.sources);
         parts.upload(self.stream.as_mut(), &source_rows)?;
         for zeroed in [self.slots.arrivals, self.slots.product_arrivals, self.slots.exchange] {
-            self.stream.fill(self.arena.span(zeroed), 0)?;
+            self.stream.set(self.arena.span(zeroed), 0)?;
         }
+        self.upload_whole(self.slots.sinusoid, &ops::harness::encode(self.model.dtype, spec.sinusoid).0)?;
         // One row per evaluation, however many images there are.
         let selection = self.stage_selection(Stage::Prefill)?;
         let launch = self.launch(&selection);
         let [input, hidden, time] =
             [self.slots.sinusoid, self.slots.time_hidden, self.slots.time].map(|slot| self.arena.span(slot));
-        let scratch = self.scratch();
-        self.model.flow.embed_times(
-            &launch,
-            self.stream.as_mut(),
-            spec.sinusoid,
-            (input, hidden),
-            time,
-            scratch,
-        )
+        let (steps, scratch) = (spec.steps.len(), self.scratch());
+        let nodes = self.model.flow.record_times(&launch, steps, (input, hidden), time, scratch)?;
+        nodes.iter().try_for_each(|node| self.enqueue(node))
     }
 
     fn stage_selection(&self, stage: Stage) -> Result<Selection> {
@@ -217,6 +220,27 @@ impl Run {
     /// Everything but weights and cache.
     pub fn arena(&self) -> Span {
         self.arena.whole()
+    }
+
+    /// Enqueues a node that this run recorded, or one over spans of its buffers.
+    pub fn enqueue(&mut self, node: &Node) -> Result<()> {
+        // SAFETY: see the module.
+        unsafe { self.stream.launch(node) }
+    }
+
+    /// Prepares a list that this run recorded. The executable goes before the run.
+    pub fn instantiate(&mut self, list: impl Into<Arc<NodeList>>) -> Result<Box<dyn Executable>> {
+        // SAFETY: see the module.
+        unsafe { self.stream.instantiate(list.into()) }
+    }
+
+    /// Gives node `index` of a token list of this run, the one of [`record_draws`](Self::record_draws), the seed of the
+    /// generation that has begun.
+    pub fn set_draws(&self, list: &mut dyn Executable, index: usize) -> Result<()> {
+        let node = self.record_draws()?;
+        let node = node.ok_or_else(|| Error::Internal("another seed for recorded draws".into()))?;
+        // SAFETY: see the module; of another node than that one this is an error.
+        unsafe { list.set_params(index, &node) }
     }
 
     /// The stream that everything runs on.
@@ -528,7 +552,7 @@ impl Run {
         mut after: impl FnMut(&Node, &mut dyn Stream) -> Result<()>,
     ) -> Result<()> {
         for node in list.nodes() {
-            self.stream.launch(node)?;
+            self.enqueue(node)?;
             after(node, self.stream.as_mut())?;
         }
         self.stream.synchronize()
@@ -539,7 +563,7 @@ impl Run {
         if self.spec.poison {
             let dying: Vec<Span> = self.arena.dying_after(stage).collect();
             for span in dying {
-                self.stream.fill(span, 0xff)?;
+                self.stream.set(span, 0xff)?;
             }
         }
         Ok(())
@@ -563,7 +587,7 @@ impl Run {
     pub fn state(&mut self) -> Result<GenerationState> {
         let mut state = GenerationState::default();
         let span = self.arena.span(self.slots.state);
-        self.stream.download(span.ptr, bytemuck::bytes_of_mut(&mut state))?;
+        self.stream.get(span, bytemuck::bytes_of_mut(&mut state))?;
         Ok(state)
     }
 }
@@ -646,12 +670,12 @@ mod tests {
         }
         let last = run.record_token(true).unwrap();
         for list in [prefill, token, last] {
-            let executable = run.stream().instantiate(Arc::new(list)).unwrap();
+            let executable = run.instantiate(list).unwrap();
             run.stream().replay(executable.as_ref()).unwrap();
         }
         let span = run.buffers().tokens;
         let mut bytes = vec![0; span.bytes];
-        run.stream().download(span.ptr, &mut bytes).unwrap();
+        run.stream().get(span, &mut bytes).unwrap();
         bytes
     }
 
@@ -664,6 +688,18 @@ mod tests {
         // Node 1 embeds the condition that node 0 makes.
         let caught = (0..12).any(|seed| tokens(ReplayOrder::Legal(seed), Some((0, 1))) != expected);
         assert!(caught, "no order showed the missing edge");
+    }
+
+    #[test]
+    fn only_the_models_device_runs_it_and_copies_end_with_their_span() {
+        let mut run = run(ReplayOrder::Recorded);
+        let other: Arc<dyn Device> = Arc::new(EmulatedDevice::new(EmulatedOptions::default()).unwrap());
+        let error = Run::new(run.model(), &other, Selection::default(), run.spec().clone()).map(drop);
+        assert!(matches!(error, Err(Error::Internal(reason)) if reason.contains("another device")));
+        let state = run.buffers().state;
+        let longer = vec![0; state.bytes + 1];
+        assert!(matches!(run.stream().put(state, &longer), Err(Error::Internal(_))));
+        assert!(run.stream().put(state, &longer[1..]).is_ok());
     }
 
     #[test]

@@ -3,6 +3,10 @@
 //! A [`TextRun`] has the transformer's passes, memory plan and cache in common with a [`Run`](super::run::Run). Its
 //! token list embeds the id that the host chose from the last logits, so unlike the image loop it waits for the host
 //! once per token. Position and lengths live in device memory; no list is ever rebuilt.
+//!
+//! What may be launched is as in a [`Run`](super::run): lists name its own buffers and its model's weights, its tables
+//! are written by it alone, and the token list is replayed at most `max_tokens` times. An id that the vocabulary lacks
+//! gives NaN.
 
 use super::arena::{Arena, Layout, Life, Slot, Stage};
 use super::backbone::{Cache, Rows, rope_table};
@@ -11,7 +15,7 @@ use super::nextstep::NextStep;
 use super::plan::{RunBytes, SourceSlots, plan_sources, product_rows};
 use super::run::{SourceParts, stage_selection};
 use super::sources::Sources;
-use crate::device::{Buffer, Device, DeviceInfo, NodeList, Span, Stream};
+use crate::device::{Buffer, Copies, Device, DeviceInfo, Executable, NodeList, Span, Stream};
 use crate::error::{Error, Result};
 use crate::ops::params::GenerationState;
 use crate::ops::product::ProductScratch;
@@ -184,6 +188,7 @@ impl TextRun {
         selection: Selection,
         spec: TextSpec,
     ) -> Result<TextRun> {
+        model.check_device(device)?;
         let info = device.info();
         let Planned { layout, slots, capacity, splits, cache_bytes } = plan_memory(&model, &info, &spec)?;
         let keys = device.alloc(cache_bytes, "cache.keys")?;
@@ -246,10 +251,10 @@ impl TextRun {
             if bytes.len() != span.bytes {
                 return Err(Error::Internal(format!("table of {} bytes for {}", bytes.len(), span.bytes)));
             }
-            self.stream.upload(span.ptr, bytes)?;
+            self.stream.put(span, bytes)?;
         }
         for counters in [s.arrivals, s.product_arrivals] {
-            self.stream.fill(self.arena.span(counters), 0)?;
+            self.stream.set(self.arena.span(counters), 0)?;
         }
         let parts = SourceParts::new(&self.model, &self.arena, &self.slots.sources, &self.spec.sources);
         parts.upload(self.stream.as_mut(), &self.spec.sources.rows)
@@ -269,6 +274,18 @@ impl TextRun {
 
     fn head(&self) -> Result<&LmHead> {
         self.model.text.as_ref().ok_or_else(|| Error::Internal("text from a model without LM head".into()))
+    }
+
+    /// Enqueues a list that this run recorded.
+    pub fn enqueue(&mut self, list: &NodeList) -> Result<()> {
+        // SAFETY: see the module.
+        list.nodes().iter().try_for_each(|node| unsafe { self.stream.launch(node) })
+    }
+
+    /// Prepares a list that this run recorded. The executable goes before the run.
+    pub fn instantiate(&mut self, list: NodeList) -> Result<Box<dyn Executable>> {
+        // SAFETY: see the module.
+        unsafe { self.stream.instantiate(Arc::new(list)) }
     }
 
     /// The stream that everything runs on.
@@ -416,7 +433,7 @@ impl TextRun {
         if size_of_val(ids) != span.bytes {
             return Err(Error::Internal(format!("{} ids for {} bytes", ids.len(), span.bytes)));
         }
-        self.stream.upload(span.ptr, bytemuck::cast_slice(ids))
+        self.stream.put(span, bytemuck::cast_slice(ids))
     }
 
     /// Where the logits are, `[sequences, V]` f32.
@@ -428,7 +445,7 @@ impl TextRun {
     pub fn logits(&mut self) -> Result<Vec<f32>> {
         let span = self.logits_span();
         let mut logits = vec![0f32; span.bytes / size_of::<f32>()];
-        self.stream.download(span.ptr, bytemuck::cast_slice_mut(&mut logits))?;
+        self.stream.get(span, bytemuck::cast_slice_mut(&mut logits))?;
         Ok(logits)
     }
 
@@ -437,7 +454,7 @@ impl TextRun {
         if self.spec.poison {
             let dying: Vec<Span> = self.arena.dying_after(stage).collect();
             for span in dying {
-                self.stream.fill(span, 0xff)?;
+                self.stream.set(span, 0xff)?;
             }
         }
         Ok(())

@@ -3,7 +3,7 @@
 //! pieces before are copied to the device meanwhile is the stream's affair.
 
 use super::workers::Workers;
-use crate::device::{Buffer, Device, STAGING_BYTES, Span, Stream};
+use crate::device::{Buffer, Copies, Device, STAGING_BYTES, Span, Stream};
 use crate::error::{Error, Result};
 use crate::event::{Control, LoadProgress, ask};
 use crate::ops::bench::{self, Random};
@@ -18,7 +18,7 @@ use std::sync::Arc;
 /// Uploads tensors and keeps their buffers.
 pub struct Uploader<'a> {
     device: Arc<dyn Device>,
-    stream: &'a mut dyn Stream,
+    stream: Box<dyn Stream>,
     dtype: DType,
     kernels: &'a Selection,
     workers: Workers,
@@ -43,16 +43,12 @@ struct Progress<'a> {
 type Fill<'a> = &'a (dyn Fn(usize, &mut [u8]) -> Result<()> + Sync);
 
 impl<'a> Uploader<'a> {
-    /// Weights become `dtype` on the device, in the layouts that the variants in `kernels` read.
-    pub fn new(
-        device: Arc<dyn Device>,
-        stream: &'a mut dyn Stream,
-        dtype: DType,
-        kernels: &'a Selection,
-    ) -> Uploader<'a> {
-        Uploader {
+    /// Weights become `dtype` on the device, in the layouts that the variants in `kernels` read. Other streams use them
+    /// after [`wait`](Self::wait).
+    pub fn new(device: Arc<dyn Device>, dtype: DType, kernels: &'a Selection) -> Result<Uploader<'a>> {
+        Ok(Uploader {
+            stream: device.stream()?,
             device,
-            stream,
             dtype,
             kernels,
             workers: Workers::none(),
@@ -61,7 +57,7 @@ impl<'a> Uploader<'a> {
             bytes: 0,
             stored_bytes: 0,
             random: None,
-        }
+        })
     }
 
     /// The same with threads that convert and pack, as many as given or as the machine has use for, in place of the
@@ -80,14 +76,18 @@ impl<'a> Uploader<'a> {
     }
 
     /// The same with random values in place of the tensors' own: only their names and shapes are looked at.
-    pub fn random(
+    pub(super) fn random(
         device: Arc<dyn Device>,
-        stream: &'a mut dyn Stream,
         dtype: DType,
         kernels: &'a Selection,
         seed: u64,
-    ) -> Uploader<'a> {
-        Uploader { random: Some(seed), ..Uploader::new(device, stream, dtype, kernels) }
+    ) -> Result<Uploader<'a>> {
+        Ok(Uploader { random: Some(seed), ..Uploader::new(device, dtype, kernels)? })
+    }
+
+    /// The device that they are uploaded to.
+    pub(super) fn device(&self) -> Arc<dyn Device> {
+        self.device.clone()
     }
 
     /// Whether tensors have names and shapes only.
@@ -167,7 +167,7 @@ impl<'a> Uploader<'a> {
             self.tell(label)?;
             let bytes = step.min(buffer.bytes() - first);
             let workers = &self.workers;
-            self.stream.upload_with(buffer.ptr().offset(first), bytes, &mut |out| {
+            self.stream.put_with(buffer.span().slice(first, bytes), &mut |out| {
                 workers.fill(out, unit, &|at, part| fill(first + at, part))
             })?;
             self.count_sent(bytes);
@@ -215,7 +215,10 @@ impl<'a> Uploader<'a> {
         // Another stream of values for every tensor.
         let seed = seed.wrapping_add((self.bytes as u64).wrapping_mul(0x9e37_79b9_7f4a_7c15));
         let random = Random { seed, mean, deviation };
-        self.stream.launch(&bench::fill(self.device.info().sm_count, self.dtype, span, random)?)
+        let node = bench::fill(self.device.info().sm_count, self.dtype, span, random)?;
+        // SAFETY: `span` lies in a buffer that the caller just allocated, and no device frees memory before what was
+        // enqueued over it is done; the kernel reads no tables.
+        unsafe { self.stream.launch(&node) }
     }
 
     /// Whether weights of `op` with rows of `inner` elements are packed.
@@ -422,7 +425,8 @@ mod tests {
         for threads in [1, 2, 7] {
             let mut stream = device.stream().unwrap();
             let selection = Selection::default();
-            let mut up = Uploader::new(Arc::new(device.clone()), stream.as_mut(), dtype, &selection)
+            let mut up = Uploader::new(Arc::new(device.clone()), dtype, &selection)
+                .unwrap()
                 .with_threads(NonZeroUsize::new(threads))
                 .unwrap();
             assert_eq!(up.threads(), threads);
@@ -430,7 +434,7 @@ mod tests {
             up.wait().unwrap();
             let _buffers = up.finish();
             let mut bytes = vec![0; span.bytes];
-            stream.download(span.ptr, &mut bytes).unwrap();
+            stream.get(span, &mut bytes).unwrap();
             found.push((bytes, other));
         }
         assert_eq!(device.live_bytes(), 0);
@@ -526,8 +530,8 @@ mod tests {
         let device = EmulatedDevice::new(EmulatedOptions::default()).unwrap();
         let selection = Selection::default();
         for threads in [1, 2, 7] {
-            let mut stream = device.stream().unwrap();
-            let mut up = Uploader::new(Arc::new(device.clone()), stream.as_mut(), DType::F32, &selection)
+            let mut up = Uploader::new(Arc::new(device.clone()), DType::F32, &selection)
+                .unwrap()
                 .with_threads(NonZeroUsize::new(threads))
                 .unwrap();
             let error = up.one("t", &tensor).unwrap_err().to_string();
@@ -560,14 +564,14 @@ mod tests {
         let (a, b) = (checkpoint.get("a").unwrap(), checkpoint.get("b").unwrap());
         let device = EmulatedDevice::new(EmulatedOptions::default()).unwrap();
         let selection = Selection::default();
-        let mut stream = device.stream().unwrap();
         let mut told = Vec::new();
         let mut callback = |progress: &LoadProgress<'_>| {
             assert_eq!(progress.of_bytes, 20_000_012);
             told.push((progress.what.to_owned(), progress.done_bytes));
             Control::Continue
         };
-        let mut up = Uploader::new(Arc::new(device), stream.as_mut(), DType::F32, &selection)
+        let mut up = Uploader::new(Arc::new(device), DType::F32, &selection)
+            .unwrap()
             .with_progress(20_000_012, &mut callback);
         up.one("a", &a).unwrap();
         up.one("b", &b).unwrap();

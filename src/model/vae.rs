@@ -19,7 +19,7 @@ pub use pass::Tap;
 
 use super::config::VaeConfig;
 use super::upload::Uploader;
-use crate::device::{NodeList, Span, Stream};
+use crate::device::{Copies, NodeList, Span, Stream};
 use crate::error::{Error, Result};
 use crate::image::RgbImage;
 use crate::ops::{self, DType, Launch};
@@ -61,16 +61,16 @@ pub struct Decoded {
 impl Decoded {
     /// The pictures, brought to the host after everything enqueued so far; an error if a value of the decoder was not
     /// finite, which a level from 0 to 255 no longer shows.
-    pub fn download(&self, stream: &mut dyn Stream) -> Result<Vec<RgbImage>> {
+    pub(crate) fn download(&self, stream: &mut dyn Stream) -> Result<Vec<RgbImage>> {
         let mut bad = vec![0; self.bad.bytes];
-        stream.download(self.bad.ptr, &mut bad)?;
+        stream.get(self.bad, &mut bad)?;
         if let Some(value) = ops::to_rgb8::first_bad(&bad) {
             let pixel = value / VaeConfig::IMAGE_CHANNELS;
             let (row, column) = (pixel / self.width % self.height, pixel % self.width);
             return Err(Error::NonFinitePixel { picture: pixel / (self.width * self.height), row, column });
         }
         let mut rgb = vec![0; self.rgb.bytes];
-        stream.download(self.rgb.ptr, &mut rgb)?;
+        stream.get(self.rgb, &mut rgb)?;
         rgb.chunks_exact((self.width * self.height * VaeConfig::IMAGE_CHANNELS).max(1))
             .map(|pixels| RgbImage::new(self.width as u32, self.height as u32, pixels.to_vec()))
             .collect()

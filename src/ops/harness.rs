@@ -5,7 +5,7 @@
 //! value. Nothing is chosen by hand and nothing is widened to pass.
 
 use super::DType;
-use crate::device::{Buffer, Device, DevicePtr, Node, Span, Stream};
+use crate::device::{Buffer, Copies, Device, DevicePtr, Node, Span, Stream};
 use crate::error::{Error, Result};
 use crate::parallel::split_rows;
 use half::bf16;
@@ -180,7 +180,7 @@ impl Rig {
     fn guarded(&mut self, name: &str, bytes: usize) -> Result<Span> {
         let padded = bytes.div_ceil(GUARD_BYTES) * GUARD_BYTES;
         let buffer = self.device.alloc(padded + 2 * GUARD_BYTES, name)?;
-        self.stream.fill(buffer.span(), 0xff)?;
+        self.stream.set(buffer.span(), 0xff)?;
         let span = Span { ptr: buffer.ptr().offset(GUARD_BYTES), bytes };
         self.device.name_span(span, name);
         self.buffers.push((name.to_string(), buffer));
@@ -191,7 +191,7 @@ impl Rig {
     pub fn input(&mut self, name: &str, dtype: DType, values: Vec<f32>) -> Result<Tensor> {
         let span = self.guarded(name, values.len() * dtype.bytes())?;
         let (bytes, values) = encode(dtype, values);
-        self.stream.upload(span.ptr, &bytes)?;
+        self.stream.put(span, &bytes)?;
         Ok(Tensor { span, values })
     }
 
@@ -204,7 +204,7 @@ impl Rig {
     /// Uploads raw bytes (indices, tables, states), with NaN around them.
     pub fn bytes(&mut self, name: &str, bytes: &[u8]) -> Result<Span> {
         let span = self.guarded(name, bytes.len())?;
-        self.stream.upload(span.ptr, bytes)?;
+        self.stream.put(span, bytes)?;
         Ok(span)
     }
 
@@ -228,27 +228,39 @@ impl Rig {
         self.stream.as_mut()
     }
 
+    /// Launches a node that a case of this crate made, and waits.
+    pub(crate) fn run(&mut self, node: &Node) -> Result<()> {
+        // SAFETY: cases make their nodes by their ops, of buffers that they got from this rig, which keeps them, and of
+        // tables that they wrote with what the op takes.
+        unsafe { self.launch(node) }
+    }
+
     /// Launches and waits. Of a rig that only prepares, this is where the case ends, with an error.
-    pub fn run(&mut self, node: &Node) -> Result<()> {
+    ///
+    /// # Safety
+    /// As for [`Stream::launch`], and not once but as long as the rig lives: what is prepared is launched often.
+    pub unsafe fn launch(&mut self, node: &Node) -> Result<()> {
         if let Some(kept) = &mut self.kept {
             *kept = Kept::Node(Box::new(node.clone()));
             return Err(Error::Internal("the case is prepared and goes no further".into()));
         }
-        self.stream.launch(node)?;
+        // SAFETY: promised by the caller.
+        unsafe { self.stream.launch(node) }?;
         self.stream.synchronize()
     }
 
-    /// Reads `span` back as `dtype`, widened.
+    /// Reads `span`, part of a buffer of this rig, back as `dtype`, widened.
     pub fn read(&mut self, span: Span, dtype: DType) -> Result<Vec<f32>> {
-        let mut bytes = vec![0; span.bytes];
-        self.stream.download(span.ptr, &mut bytes)?;
-        Ok(decode(dtype, &bytes))
+        Ok(decode(dtype, &self.read_bytes(span)?))
     }
 
     /// Reads raw bytes back.
     pub fn read_bytes(&mut self, span: Span) -> Result<Vec<u8>> {
+        if !self.buffers.iter().any(|(_, buffer)| buffer.span().contains(&span)) {
+            return Err(Error::Internal(format!("{span:?} is in no buffer of the rig")));
+        }
         let mut bytes = vec![0; span.bytes];
-        self.stream.download(span.ptr, &mut bytes)?;
+        self.stream.get(span, &mut bytes)?;
         Ok(bytes)
     }
 
@@ -258,7 +270,7 @@ impl Rig {
         for (name, buffer) in &buffers {
             let mut guard = [0u8; GUARD_BYTES];
             for offset in [0, buffer.bytes() - GUARD_BYTES] {
-                self.stream.download(buffer.ptr().offset(offset), &mut guard)?;
+                self.stream.get(buffer.span().slice(offset, GUARD_BYTES), &mut guard)?;
                 if let Some(at) = guard.iter().position(|&b| b != 0xff) {
                     return Err(Error::Internal(format!(
                         "the {} guard of buffer {name} was overwritten at byte {at}",

@@ -5,7 +5,7 @@ use super::params::LmHeadParams;
 use super::product::{self, Layout, Product, ProductScratch, Weight};
 use super::shared;
 use super::{DType, Launch, Op, Variant};
-use crate::device::{Node, Span};
+use crate::device::{Copies, Node, Span};
 use crate::error::Result;
 use crate::kernels;
 use crate::reference::lm_head::{LmHead, lm_head};
@@ -192,7 +192,7 @@ fn upload_weights(rig: &mut Rig, variant: &str, dtype: DType, s: Shape) -> Resul
             let span = rig.output("w", dtype, s.vocab * s.hidden)?;
             for at in (0..span.bytes).step_by(bytes.len()) {
                 let part = &bytes[..bytes.len().min(span.bytes - at)];
-                rig.stream().upload(span.ptr.offset(at), part)?;
+                rig.stream().put(span.slice(at, part.len()), part)?;
             }
             span
         }
@@ -209,7 +209,7 @@ fn upload_weights(rig: &mut Rig, variant: &str, dtype: DType, s: Shape) -> Resul
                     Ok(())
                 };
                 tiles.write_steps(tile * steps, read, &mut packed)?;
-                rig.stream().upload(span.ptr.offset(tile * packed.len()), &packed)?;
+                rig.stream().put(span.slice(tile * packed.len(), packed.len()), &packed)?;
             }
             span
         }

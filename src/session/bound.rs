@@ -9,7 +9,6 @@ use crate::model::arena::Stage;
 use crate::model::plan::RunSpec;
 use crate::model::run::{PrefillShape, Run};
 use crate::model::vae::{Decoded, Encoded};
-use std::sync::Arc;
 
 /// A generation's memory, and the lists in it.
 pub(super) struct Bound {
@@ -45,8 +44,8 @@ fn draws_node(run: &Run) -> Result<Node> {
 }
 
 fn prefill_list(run: &mut Run) -> Result<(PrefillShape, Box<dyn Executable>)> {
-    let list = Arc::new(run.record_prefill(true)?);
-    Ok((run.prefill_shape(), run.stream().instantiate(list)?))
+    let list = run.record_prefill(true)?;
+    Ok((run.prefill_shape(), run.instantiate(list)?))
 }
 
 impl Bound {
@@ -54,17 +53,14 @@ impl Bound {
     pub(super) fn new(engine: &Engine, spec: RunSpec) -> Result<Bound> {
         let mut run = Run::new(engine.model.clone(), &engine.device, engine.options.kernels.clone(), spec)?;
         let draws = draws_node(&run)?;
-        let (token, last) = (Arc::new(run.record_token(false)?), Arc::new(run.record_token(true)?));
+        let (token, last) = (run.record_token(false)?, run.record_token(true)?);
         let draws = [index_of(&token, &draws)?, index_of(&last, &draws)?];
         let (image, decoded) = run.record_image()?;
-        let stream = run.stream();
-        let token = stream.instantiate(token)?;
-        let last = stream.instantiate(last)?;
-        let image = stream.instantiate(Arc::new(image))?;
+        let [token, last, image] = [run.instantiate(token)?, run.instantiate(last)?, run.instantiate(image)?];
         let mut sources = Vec::new();
         for picture in 0..run.spec().sources.pictures.len() {
             let (list, encoded) = run.record_source(picture, |_| Default::default())?;
-            sources.push((run.stream().instantiate(Arc::new(list))?, encoded));
+            sources.push((run.instantiate(list)?, encoded));
         }
         let prefill = prefill_list(&mut run)?;
         Ok(Bound { lists: Lists { token, last, draws, image, decoded, sources, prefill }, run })
@@ -78,10 +74,9 @@ impl Bound {
     /// Begins another generation in the same memory, with the same lists.
     pub(super) fn rebind(&mut self, spec: RunSpec) -> Result<()> {
         self.run.rebind(spec)?;
-        let draws = draws_node(&self.run)?;
         let lists = &mut self.lists;
         for (list, index) in [&mut lists.token, &mut lists.last].into_iter().zip(lists.draws) {
-            list.set_params(index, &draws)?;
+            self.run.set_draws(list.as_mut(), index)?;
         }
         if lists.prefill.0 != self.run.prefill_shape() {
             lists.prefill = prefill_list(&mut self.run)?;
@@ -134,7 +129,7 @@ impl Bound {
         let mut all = Vec::new();
         for image in 0..run.spec().images {
             let (list, decoded) = run.record_preview(image, rows)?;
-            let list = run.stream().instantiate(Arc::new(list))?;
+            let list = run.instantiate(list)?;
             all.extend(pictures(run, list.as_ref(), &decoded)?);
         }
         Ok(all)

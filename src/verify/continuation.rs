@@ -11,7 +11,6 @@ use crate::ops::DType;
 use crate::prompt::official_padding;
 use crate::text::argmax;
 use serde_json::Value;
-use std::sync::Arc;
 
 /// The tensors that must have been compared.
 const REQUIRED: [&str; 8] = [
@@ -101,13 +100,9 @@ pub(super) fn run(context: &Context<'_>, models: &mut Models) -> Result<Outcome>
     // Every prompt row.
     let mut run = new(spec(prompts.clone(), &padding, true))?;
     let prefill = run.record_prefill()?;
-    for node in prefill.nodes() {
-        run.stream().launch(node)?;
-    }
+    run.enqueue(&prefill)?;
     let (list, taps) = run.record_prompt_logits()?;
-    for node in list.nodes() {
-        run.stream().launch(node)?;
-    }
+    run.enqueue(&list)?;
     let kernel = list.writer(taps.logits);
     let norm = read(run.stream(), taps.norm, dtype)?;
     let logits = read(run.stream(), taps.logits, DType::F32)?;
@@ -120,9 +115,9 @@ pub(super) fn run(context: &Context<'_>, models: &mut Models) -> Result<Outcome>
     }
 
     // Every step from the recorded ids.
-    let token = Arc::new(run.record_token()?);
+    let token = run.record_token()?;
     let kernel = token.writer(run.logits_span());
-    let token = run.stream().instantiate(token)?;
+    let token = run.instantiate(token)?;
     let vocab = model.config.vocab_size;
     let mut steps_logits: Vec<Vec<f32>> = vec![Vec::new(); sequences];
     for step in 0..steps {
@@ -171,7 +166,7 @@ pub(super) fn run(context: &Context<'_>, models: &mut Models) -> Result<Outcome>
     let mut list = run.record_prefill()?;
     let mut got: Vec<i64> = prompts[row].iter().map(|&id| i64::from(id)).collect();
     for (step, &id) in written.iter().enumerate() {
-        let executable = run.stream().instantiate(Arc::new(list))?;
+        let executable = run.instantiate(list)?;
         run.stream().replay(executable.as_ref())?;
         let own = argmax(&run.logits()?).map_or(-1, i64::from);
         let same_text = written[..step] == recorded[row * steps..][..step];

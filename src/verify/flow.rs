@@ -2,7 +2,7 @@
 
 use super::pipeline::{network_times, read};
 use super::{CaseFile, Comparer, Context, Line, Models, Tolerance};
-use crate::device::NodeList;
+use crate::device::{Copies, NodeList};
 use crate::error::Result;
 use crate::model::nextstep::NextStep;
 use crate::model::plan::{Draws, RunSpec};
@@ -60,9 +60,9 @@ pub(super) fn network(context: &Context<'_>, models: &mut Models) -> Result<Vec<
     let buffers = run.buffers();
     let missing = || case.invalid("run without taps");
     let forced: Vec<f32> = x.values.repeat(rows);
-    run.stream().upload(buffers.taps.forced_x.ok_or_else(missing)?.ptr, bytemuck::cast_slice(&forced))?;
+    run.stream().put(buffers.taps.forced_x.ok_or_else(missing)?, bytemuck::cast_slice(&forced))?;
     let (bytes, _) = encode(dtype, c.values.clone());
-    run.stream().upload(buffers.condition.ptr, &bytes)?;
+    run.stream().put(buffers.condition, &bytes)?;
     let mut list = NodeList::new();
     run.record_sample(&mut list, true)?;
     run.run_once(&list, |_, _| Ok(()))?;
@@ -169,7 +169,7 @@ fn variant(
     let mut run = Run::new(model.clone(), context.device, context.options.selection.clone(), spec)?;
     let buffers = run.buffers();
     let (bytes, _) = encode(dtype, tensor("c")?.values);
-    run.stream().upload(buffers.condition.ptr, &bytes)?;
+    run.stream().put(buffers.condition, &bytes)?;
     let mut list = NodeList::new();
     run.record_sample(&mut list, false)?;
     run.run_once(&list, |_, _| Ok(()))?;

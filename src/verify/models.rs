@@ -64,10 +64,8 @@ impl Models {
         let vae_checkpoint = Checkpoint::open(&key.vae, open)?;
         let weights = ModelWeights::new(checkpoint, &config)?;
         let vae_weights = VaeWeights::new(vae_checkpoint, &vae_config)?;
-        let mut stream = context.device.stream()?;
         let selection = &context.options.selection;
-        let up =
-            Uploader::new(context.device.clone(), stream.as_mut(), dtype, selection).with_threads(None)?;
+        let up = Uploader::new(context.device.clone(), dtype, selection)?.with_threads(None)?;
         let (weights, vae_weights) = ((&config, &weights), (&vae_config, &vae_weights));
         let loaded = Arc::new(NextStep::load(up, weights, vae_weights, true)?);
         self.loaded.push((key, loaded.clone()));

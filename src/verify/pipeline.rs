@@ -2,7 +2,7 @@
 
 use super::sources::read_sources;
 use super::{CaseFile, Comparer, Context, Models, Outcome, Recorded, Tolerance};
-use crate::device::{Device, Node, NodeList, Span, Stream};
+use crate::device::{Copies, Device, Node, NodeList, Span, Stream};
 use crate::error::Result;
 use crate::model::nextstep::NextStep;
 use crate::model::plan::{Draws, RunSpec};
@@ -274,7 +274,7 @@ impl Stages<'_, '_> {
         // The embedding itself, then its recorded output as the input of the layers.
         let list = run.record_prefill(true)?;
         for node in list.nodes() {
-            run.stream().launch(node)?;
+            run.enqueue(node)?;
             if node.writes.contains(&rows.x) {
                 let got = read(run.stream(), rows.x, DType::F32)?;
                 self.compare_rows("prefill.inputs_embeds", &got, node.kernel.symbol)?;
@@ -282,7 +282,7 @@ impl Stages<'_, '_> {
             }
         }
         let inputs = self.real_rows(&self.case.tensor("prefill.inputs_embeds")?);
-        run.stream().upload(rows.x.ptr, bytemuck::cast_slice(&inputs))?;
+        run.stream().put(rows.x, bytemuck::cast_slice(&inputs))?;
         let list = run.record_prefill(false)?;
         let mut taps = Taps::new(&inputs);
         run.run_once(&list, |node, stream| taps.collect(node, "prefill", stream, &rows, dtype))?;
@@ -418,6 +418,9 @@ impl Stages<'_, '_> {
     fn decode(&mut self, run: &mut Run) -> Result<()> {
         let inputs = self.case.tensor("decode.inputs_embeds")?;
         let tokens = inputs.shape[0];
+        if tokens > run.spec().tokens_total() {
+            return Err(self.case.invalid(format!("{tokens} decode steps of {}", run.spec().tokens_total())));
+        }
         let dtype = self.dtype;
         let buffers = run.buffers();
         let norm = buffers.norm.ok_or_else(|| self.case.invalid("run without taps"))?;
@@ -434,7 +437,7 @@ impl Stages<'_, '_> {
             if token > 0 {
                 norms.extend(read(run.stream(), norm.slice(0, row_bytes), dtype)?);
             }
-            run.stream().upload(buffers.decode.x.ptr, bytemuck::cast_slice(inputs.at(token)))?;
+            run.stream().put(buffers.decode.x, bytemuck::cast_slice(inputs.at(token)))?;
             let mut taps = Taps::new(inputs.at(token));
             let stage = format!("decode{token}");
             let tapped = self.case.has(&format!("{stage}.layer0"));
@@ -484,9 +487,12 @@ impl Stages<'_, '_> {
 
     /// Sets the token index that sampling reads.
     fn rewind(&self, run: &mut Run, token: usize) -> Result<()> {
+        if token >= run.spec().tokens_total() {
+            return Err(self.case.invalid(format!("token {token} of {}", run.spec().tokens_total())));
+        }
         let state = params::GenerationState { token: token as u32, ..Default::default() };
         let span = run.buffers().state;
-        run.stream().upload(span.ptr, bytemuck::bytes_of(&state))
+        run.stream().put(span, bytemuck::bytes_of(&state))
     }
 
     /// Every token's sampler from its recorded condition and draws.
@@ -504,11 +510,11 @@ impl Stages<'_, '_> {
         for token in 0..tokens {
             self.rewind(run, token)?;
             let (bytes, _) = encode(dtype, cond.at(token).to_vec());
-            run.stream().upload(buffers.condition.ptr, &bytes)?;
+            run.stream().put(buffers.condition, &bytes)?;
             let forced = token < traced_tokens;
             if let (true, Some(span)) = (forced, buffers.taps.forced_x) {
                 let states = self.states_before(token, &traced, states.as_ref());
-                run.stream().upload(span.ptr, bytemuck::cast_slice(&states))?;
+                run.stream().put(span, bytemuck::cast_slice(&states))?;
                 // What the network is given: the state rounded to the model's dtype.
                 x_net.extend(encode(dtype, states).1);
             }
@@ -574,7 +580,7 @@ impl Stages<'_, '_> {
         let buffers = run.buffers();
         let tokens = self.case.tensor("tokens")?;
         let (bytes, _) = encode(self.dtype, tokens.values);
-        run.stream().upload(buffers.tokens.ptr, &bytes)?;
+        run.stream().put(buffers.tokens, &bytes)?;
         let (list, decoded) = run.record_image()?;
         run.run_once(&list, |_, _| Ok(()))?;
         super::vae::compare_decoded(
@@ -644,6 +650,6 @@ impl Taps {
 /// Downloads a span.
 pub(super) fn read(stream: &mut dyn Stream, span: Span, dtype: DType) -> Result<Vec<f32>> {
     let mut bytes = vec![0; span.bytes];
-    stream.download(span.ptr, &mut bytes)?;
+    stream.get(span, &mut bytes)?;
     Ok(decode(dtype, &bytes))
 }

@@ -3,7 +3,7 @@
 use super::pipeline::{Stages, read};
 use super::vae::{channels_last, tolerance};
 use super::{CaseFile, Recorded, Tolerance};
-use crate::device::Buffer;
+use crate::device::{Buffer, Copies};
 use crate::error::Result;
 use crate::image::RgbImage;
 use crate::model::nextstep::NextStep;
@@ -93,7 +93,7 @@ impl Stages<'_, '_> {
                 sample: None,
             })?;
             let (bytes, levels) = encode(dtype, VaeEncoder::pixel_values(image));
-            run.stream().upload(encoded.pixels.ptr, &bytes)?;
+            run.stream().put(encoded.pixels, &bytes)?;
             let shows: Vec<usize> = (0..count).filter(|&p| sources.places[p].picture == picture).collect();
             let Some(&first) = shows.first() else { continue };
             let given = channels_last(&[1, 2 * channels, height, width], recorded.at(first));
@@ -104,7 +104,7 @@ impl Stages<'_, '_> {
             run.run_once(&list, |_, stream| {
                 if Some(index) == last {
                     got = read(stream, encoded.moments, dtype)?;
-                    stream.upload(encoded.moments.ptr, &encode(dtype, given.clone()).0)?;
+                    stream.put(encoded.moments, &encode(dtype, given.clone()).0)?;
                 }
                 index += 1;
                 Ok(())
@@ -129,7 +129,7 @@ impl Stages<'_, '_> {
         let expected: Vec<f32> = (0..count).flat_map(|p| patchify(latents.at(p), size, patch)).collect();
         let shape = latents.shape.clone();
         self.comparer.values("image_latents", shape, &got, &expected, kernels[1], tolerance(dtype));
-        run.stream().upload(span.ptr, &encode(dtype, expected).0)
+        run.stream().put(span, &encode(dtype, expected).0)
     }
 
     /// Compares channels-last values with a recorded `[B, C, H, W]` tensor.

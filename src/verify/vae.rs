@@ -3,7 +3,7 @@
 use super::models::folder;
 use super::pipeline::read;
 use super::{Comparer, Context, Outcome, Tolerance};
-use crate::device::{NodeList, Stream};
+use crate::device::{Copies, Node, NodeList, Stream};
 use crate::error::Result;
 use crate::image::RgbImage;
 use crate::model::config::VaeConfig;
@@ -54,7 +54,7 @@ pub(super) fn compare_decoded(
         comparer.values(name, recorded.shape, &got, &expected, list.writer(span), tolerance(dtype));
     }
     let mut rgb = vec![0; decoded.rgb.bytes];
-    stream.download(decoded.rgb.ptr, &mut rgb)?;
+    stream.get(decoded.rgb, &mut rgb)?;
     let got: Vec<f32> = rgb.iter().map(|&v| f32::from(v)).collect();
     let recorded = comparer.case.tensor(pixels)?;
     let tolerance = match dtype {
@@ -74,11 +74,12 @@ pub(super) fn run(context: &Context<'_>) -> Result<Outcome> {
     let config = VaeConfig::load(&dir)?;
     let weights = VaeWeights::new(Checkpoint::open(&dir, OpenOptions::default())?, &config)?;
     let mut stream = context.device.stream()?;
-    let mut up = Uploader::new(context.device.clone(), stream.as_mut(), dtype, &context.options.selection);
+    let mut up = Uploader::new(context.device.clone(), dtype, &context.options.selection)?;
     // The patch size belongs to the tokens, which this case does not have.
     let decoder = VaeDecoder::load(&config, &weights, 1, &mut up)?;
     let encoder = VaeEncoder::load(&config, &weights, &mut up)?;
     let encoder = encoder.ok_or_else(|| case.invalid("the VAE has no encoder"))?;
+    up.wait()?;
     let (_weights, _) = up.finish();
     let mut half = Half {
         context,
@@ -125,7 +126,7 @@ impl Half<'_, '_> {
         let arena = self.context.device.alloc(encoder.plan((height, width), dtype)?, "vae.encoder")?;
         let mut list = NodeList::new();
         let encoded = encoder.record(&self.launch, &mut list, (height, width), arena.span(), true)?;
-        self.stream.upload(encoded.pixels.ptr, &bytes)?;
+        self.stream.put(encoded.pixels, &bytes)?;
         self.run_tapped(&list, &encoded.taps)?;
         let moments = read(self.stream, encoded.moments, dtype)?;
         self.compare_last("moments", &moments, list.writer(encoded.moments), tolerance(dtype))?;
@@ -133,7 +134,7 @@ impl Half<'_, '_> {
         // The rest from the recorded moments.
         let recorded = case.tensor("moments")?;
         let (bytes, _) = encode(dtype, channels_last(&recorded.shape, &recorded.values));
-        self.stream.upload(encoded.moments.ptr, &bytes)?;
+        self.stream.put(encoded.moments, &bytes)?;
         self.latent(encoder, &encoded)
     }
 
@@ -142,7 +143,7 @@ impl Half<'_, '_> {
         let recorded = case.tensor("draw")?;
         let draw = channels_last(&recorded.shape, &recorded.values);
         let drawn = device.alloc(draw.len() * 4, "draw")?;
-        self.stream.upload(drawn.ptr(), bytemuck::cast_slice(&draw))?;
+        self.stream.put(drawn.span(), bytemuck::cast_slice(&draw))?;
         let output = |name: &str| device.alloc(draw.len() * dtype.bytes(), name);
         let (mean, sample, latent) = (output("mean")?, output("sample")?, output("latent")?);
         let outputs = LatentOutputs {
@@ -153,9 +154,7 @@ impl Half<'_, '_> {
         };
         let mut list = NodeList::new();
         encoder.record_tokens(&self.launch, &mut list, encoded, &outputs)?;
-        for node in list.nodes() {
-            self.stream.launch(node)?;
-        }
+        list.nodes().iter().try_for_each(|node| self.launch(node))?;
         let spans = [("mean", mean.span()), ("sample", sample.span()), ("latent_for_model", latent.span())];
         for (name, span) in spans {
             let got = read(self.stream, span, dtype)?;
@@ -176,16 +175,22 @@ impl Half<'_, '_> {
         let size = (height, width);
         let decoded = decoder.record_latent(&self.launch, &mut list, images, size, arena.span(), true)?;
         let (latent, _) = encode(dtype, channels_last(&input.shape, &input.values));
-        self.stream.upload(decoded.latent.ptr, &latent)?;
+        self.stream.put(decoded.latent, &latent)?;
         self.run_tapped(&list, &decoded.taps)?;
         let names = ["", "decode.out", "decode.out_u8"];
         compare_decoded(&mut self.comparer, self.stream, &list, &decoded, dtype, names)
     }
 
+    fn launch(&mut self, node: &Node) -> Result<()> {
+        // SAFETY: nodes of the case's encoder and decoder, over an arena of the size that they plan and buffers of the
+        // outputs' sizes, all of which is held until results were read. No tables.
+        unsafe { self.stream.launch(node) }
+    }
+
     /// Runs a list; compares every module's output that is recorded, before it is overwritten.
     fn run_tapped(&mut self, list: &NodeList, taps: &[Tap]) -> Result<()> {
         for (index, node) in list.nodes().iter().enumerate() {
-            self.stream.launch(node)?;
+            self.launch(node)?;
             for tap in taps.iter().filter(|tap| tap.node == index) {
                 let name = format!("tap.{}", tap.name);
                 if !self.context.case.has(&name) {

@@ -1,5 +1,6 @@
 //! Every call of the driver fails in turn: the error says what it is, and everything is freed.
 
+use crate::streams::TestStream;
 use crate::stub::Stub;
 use crate::work::work;
 use std::path::Path;
@@ -138,9 +139,9 @@ fn a_lost_device_says_so_from_then_on() {
     assert!(error.to_string().contains("CUDA_ERROR_ILLEGAL_ADDRESS"), "{error}");
     let calls = stub.calls();
     for error in [
-        stream.upload(buffer.ptr(), &[0]).unwrap_err(),
-        stream.download(buffer.ptr(), &mut [0]).unwrap_err(),
-        stream.fill(buffer.span(), 0).unwrap_err(),
+        stream.put(buffer.ptr(), &[0]).unwrap_err(),
+        stream.get(buffer.ptr(), &mut [0]).unwrap_err(),
+        stream.set(buffer.span(), 0).unwrap_err(),
         stream.synchronize().unwrap_err(),
         stream.record().map(drop).unwrap_err(),
         event.wait().unwrap_err(),

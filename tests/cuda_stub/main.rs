@@ -8,6 +8,8 @@ mod failures;
 mod machines;
 mod picture;
 mod recorder;
+#[path = "../support/streams.rs"]
+mod streams;
 mod stub;
 mod turns;
 mod work;

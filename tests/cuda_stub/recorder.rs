@@ -47,7 +47,8 @@ impl Recorder {
     }
 }
 
-impl Device for Recorder {
+// SAFETY: the inner device does everything.
+unsafe impl Device for Recorder {
     fn info(&self) -> DeviceInfo {
         self.inner.info()
     }
@@ -68,9 +69,10 @@ impl Device for Recorder {
 }
 
 impl Executable for Numbered {
-    fn set_params(&mut self, index: usize, node: &Node) -> Result<()> {
+    unsafe fn set_params(&mut self, index: usize, node: &Node) -> Result<()> {
         self.record.lock().unwrap().work.push(Work::SetParams);
-        self.inner.set_params(index, node)
+        // SAFETY: promised by the caller.
+        unsafe { self.inner.set_params(index, node) }
     }
 
     fn as_any(&self) -> &dyn Any {
@@ -79,34 +81,40 @@ impl Executable for Numbered {
 }
 
 impl Stream for RecordingStream {
-    fn upload_with(
+    unsafe fn upload_with(
         &mut self,
         dst: DevicePtr,
         bytes: usize,
         fill: &mut dyn FnMut(&mut [u8]) -> Result<()>,
     ) -> Result<()> {
-        self.inner.upload_with(dst, bytes, fill)
+        // SAFETY: promised by the caller.
+        unsafe { self.inner.upload_with(dst, bytes, fill) }
     }
 
-    fn download(&mut self, src: DevicePtr, bytes: &mut [u8]) -> Result<()> {
-        self.inner.download(src, bytes)
+    unsafe fn download(&mut self, src: DevicePtr, bytes: &mut [u8]) -> Result<()> {
+        // SAFETY: promised by the caller.
+        unsafe { self.inner.download(src, bytes) }
     }
 
-    fn fill(&mut self, span: Span, byte: u8) -> Result<()> {
-        self.inner.fill(span, byte)
+    unsafe fn fill(&mut self, span: Span, byte: u8) -> Result<()> {
+        // SAFETY: promised by the caller.
+        unsafe { self.inner.fill(span, byte) }
     }
 
-    fn fill_rows(&mut self, first: Span, pitch_bytes: usize, rows: usize, byte: u8) -> Result<()> {
-        self.inner.fill_rows(first, pitch_bytes, rows, byte)
+    unsafe fn fill_rows(&mut self, first: Span, pitch_bytes: usize, rows: usize, byte: u8) -> Result<()> {
+        // SAFETY: promised by the caller.
+        unsafe { self.inner.fill_rows(first, pitch_bytes, rows, byte) }
     }
 
-    fn launch(&mut self, node: &Node) -> Result<()> {
+    unsafe fn launch(&mut self, node: &Node) -> Result<()> {
         self.record.lock().unwrap().work.push(Work::Launch(Box::new(node.clone())));
-        self.inner.launch(node)
+        // SAFETY: promised by the caller.
+        unsafe { self.inner.launch(node) }
     }
 
-    fn instantiate(&mut self, list: Arc<NodeList>) -> Result<Box<dyn Executable>> {
-        let inner = self.inner.instantiate(list.clone())?;
+    unsafe fn instantiate(&mut self, list: Arc<NodeList>) -> Result<Box<dyn Executable>> {
+        // SAFETY: promised by the caller.
+        let inner = unsafe { self.inner.instantiate(list.clone()) }?;
         let mut record = self.record.lock().unwrap();
         record.work.push(Work::Instantiate(list));
         record.executables += 1;

@@ -45,7 +45,7 @@ pub fn images() -> &'static Path {
 /// The same with the units of conformance.
 pub fn all_images() -> &'static Path {
     static FOLDER: OnceLock<tempfile::TempDir> = OnceLock::new();
-    let steps = || conformance::UNITS.iter().flat_map(|unit| unit.steps).map(|step| step.symbol);
+    let steps = || conformance::UNITS.iter().flat_map(|unit| unit.symbols());
     FOLDER
         .get_or_init(|| write_images(&steps().collect::<BTreeSet<_>>().into_iter().collect::<Vec<_>>()))
         .path()

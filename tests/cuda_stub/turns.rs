@@ -1,8 +1,8 @@
 //! Kernels whose blocks wait for each other take turns when several streams launch them.
 
+use crate::streams::TestStream;
 use crate::stub::Stub;
 use crate::work::node;
-use std::sync::Arc;
 use warpstep::device::{Buffer, Device, Executable, Geometry, NodeList, Stream};
 
 const TOGETHER: Geometry = Geometry {
@@ -18,7 +18,7 @@ const TOGETHER: Geometry = Geometry {
 fn graph(stream: &mut dyn Stream, geometry: Geometry, [from, to]: [&Buffer; 2]) -> Box<dyn Executable> {
     let mut list = NodeList::new();
     list.push(node("together", geometry, from, to));
-    stream.instantiate(Arc::new(list)).unwrap()
+    stream.prepare(list).unwrap()
 }
 
 /// What the streams were told of launches and events, without the addresses.
@@ -39,7 +39,7 @@ fn one_stream_waits_for_nobody() {
     let graph = graph(stream.as_mut(), TOGETHER, [&a, &b]);
     for _ in 0..2 {
         stream.replay(graph.as_ref()).unwrap();
-        stream.launch(&node("together", TOGETHER, &a, &b)).unwrap();
+        stream.start(&node("together", TOGETHER, &a, &b)).unwrap();
     }
     assert_eq!(told(&stub), ["cuGraphLaunch", "cuLaunchKernelEx", "cuGraphLaunch", "cuLaunchKernelEx"]);
 }
@@ -55,16 +55,16 @@ fn streams_wait_for_what_another_has_enqueued() {
     let alone = graph(other.as_mut(), Geometry::linear(4, 32), [&a, &b]);
     told(&stub);
     // The stub copies when something waits for the copy: here only the other stream does.
-    one.upload(a.ptr(), &[7; 1024]).unwrap();
+    one.put(a.ptr(), &[7; 1024]).unwrap();
     one.replay(ours.as_ref()).unwrap();
     other.replay(alone.as_ref()).unwrap();
     let mut bytes = [0; 1024];
-    other.download(a.ptr(), &mut bytes).unwrap();
+    other.get(a.ptr(), &mut bytes).unwrap();
     assert_eq!(bytes, [0; 1024], "nothing to wait for");
     other.replay(theirs.as_ref()).unwrap();
-    other.download(a.ptr(), &mut bytes).unwrap();
+    other.get(a.ptr(), &mut bytes).unwrap();
     assert_eq!(bytes, [7; 1024]);
-    one.launch(&node("together", TOGETHER, &a, &b)).unwrap();
+    one.start(&node("together", TOGETHER, &a, &b)).unwrap();
     one.replay(ours.as_ref()).unwrap();
     let turn = ["cuEventRecord", "cuStreamWaitEvent"];
     let expected = [
@@ -88,10 +88,10 @@ fn a_stream_that_is_gone_is_waited_for() {
     let (a, b) = (device.alloc(1024, "a").unwrap(), device.alloc(1024, "b").unwrap());
     let together = node("together", TOGETHER, &a, &b);
     let (mut one, mut other) = (device.stream().unwrap(), device.stream().unwrap());
-    one.launch(&together).unwrap();
+    one.start(&together).unwrap();
     drop(one);
-    other.launch(&together).unwrap();
-    other.launch(&together).unwrap();
+    other.start(&together).unwrap();
+    other.start(&together).unwrap();
     assert_eq!(
         told(&stub),
         [

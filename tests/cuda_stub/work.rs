@@ -1,10 +1,13 @@
 //! A little work that uses every function of the driver.
 
+use crate::streams::TestStream;
 use crate::stub::{Stub, field};
 use std::panic::{AssertUnwindSafe, catch_unwind};
-use std::sync::{Arc, LazyLock};
+use std::sync::LazyLock;
 use warpstep::device::cuda::{CudaDevice, CudaOptions};
-use warpstep::device::{Buffer, Device, Geometry, KernelId, Node, NodeList, ParamBytes, STAGING_BYTES};
+use warpstep::device::{
+    Buffer, Device, Executable, Geometry, KernelId, Node, NodeList, ParamBytes, STAGING_BYTES,
+};
 use warpstep::ops::DType;
 use warpstep::ops::bench::{self, Random};
 use warpstep::{Error, Result};
@@ -21,14 +24,19 @@ pub fn node(label: &str, geometry: Geometry, from: &Buffer, to: &Buffer) -> Node
     Node { label: label.into(), kernel: ADD_ONE, geometry, params, reads, writes }
 }
 
+fn change(executable: &mut dyn Executable, index: usize, node: &Node) -> Result<()> {
+    // SAFETY: the same buffers and other numbers that the stub does nothing with, or an error.
+    unsafe { executable.set_params(index, node) }
+}
+
 /// Copies, fills, launches, a graph and events on `device`, and whether the bytes are the right ones.
 pub fn work(device: &CudaDevice) -> Result<()> {
     let mut stream = device.stream()?;
     let bytes = LazyLock::force(&BYTES);
     let a = device.alloc(bytes.len(), "a")?;
     let b = device.alloc(1024, "b")?;
-    stream.upload(a.ptr(), bytes)?;
-    stream.fill(b.span(), 7)?;
+    stream.put(a.ptr(), bytes)?;
+    stream.set(b.span(), 7)?;
     let wide = Geometry {
         grid: [16, 1, 1],
         cluster: [16, 1, 1],
@@ -36,23 +44,23 @@ pub fn work(device: &CudaDevice) -> Result<()> {
         dependent: true,
         ..Geometry::linear(1, 32).with_shared(64 << 10)
     };
-    stream.launch(&node("wide", wide, &a, &b))?;
+    stream.start(&node("wide", wide, &a, &b))?;
     let mut other = device.stream()?;
-    other.launch(&node("wide", wide, &a, &b))?;
+    other.start(&node("wide", wide, &a, &b))?;
     drop(other);
     let mut list = NodeList::new();
     list.push(node("first", Geometry::linear(4, 32), &a, &b));
     list.push(node("second", Geometry { dependent: true, ..Geometry::linear(4, 32) }, &b, &a));
     list.push(node("third", wide, &a, &b));
     list.push(node("fourth", Geometry { dependent: true, ..Geometry::linear(4, 32) }, &b, &a));
-    let mut executable = stream.instantiate(Arc::new(list))?;
+    let mut executable = stream.prepare(list)?;
     stream.replay(executable.as_ref())?;
     let mut changed = node("third", wide, &a, &b);
     changed.params = ParamBytes::of(&[a.ptr().0, b.ptr().0, 1, 2, 3]);
-    executable.set_params(2, &changed)?;
+    change(executable.as_mut(), 2, &changed)?;
     stream.replay(executable.as_ref())?;
     // Three rows of 5 bytes, 100 apart.
-    stream.fill_rows(b.span().slice(10, 5), 100, 3, 9)?;
+    stream.set_rows(b.span().slice(10, 5), 100, 3, 9)?;
     let before = stream.record_timed()?;
     let event = stream.record()?;
     let mut polls = 0;
@@ -66,9 +74,9 @@ pub fn work(device: &CudaDevice) -> Result<()> {
     let elapsed = after.milliseconds_since(before.as_ref())?;
     stream.synchronize()?;
     let mut back = vec![0; bytes.len()];
-    stream.download(a.ptr(), &mut back)?;
+    stream.get(a.ptr(), &mut back)?;
     let mut filled = [0; 1024];
-    stream.download(b.ptr(), &mut filled)?;
+    stream.get(b.ptr(), &mut filled)?;
     let mut expected = [7; 1024];
     [10, 110, 210].into_iter().for_each(|at| expected[at..at + 5].fill(9));
     let right = back == *bytes && filled == expected && (1..100).contains(&polls) && elapsed == 2.0;
@@ -100,7 +108,7 @@ fn every_function_is_told_the_preferred_carveout_once() {
         let fill =
             bench::fill(4, DType::F32, cells.span(), Random { seed: 1, mean: 0.0, deviation: 1.0 }).unwrap();
         for _ in 0..2 {
-            stream.launch(&fill).unwrap();
+            stream.start(&fill).unwrap();
         }
         let log = stub.take_log();
         log.iter().filter(|line| line.contains("attribute=9:")).cloned().collect::<Vec<_>>()
@@ -141,13 +149,13 @@ fn poisoned_memory_is_nan_and_empty_requests_are_nothing() {
     let buffer = device.alloc(100, "b").unwrap();
     let mut stream = device.stream().unwrap();
     let mut bytes = [0; 100];
-    stream.download(buffer.ptr(), &mut bytes).unwrap();
+    stream.get(buffer.ptr(), &mut bytes).unwrap();
     assert_eq!(bytes, [0xff; 100]);
     let empty = device.alloc(0, "empty").unwrap();
-    stream.upload(empty.ptr(), &[]).unwrap();
-    stream.fill(empty.span(), 1).unwrap();
-    stream.download(empty.ptr(), &mut []).unwrap();
-    let nothing = stream.instantiate(Arc::new(NodeList::new())).unwrap();
+    stream.put(empty.ptr(), &[]).unwrap();
+    stream.set(empty.span(), 1).unwrap();
+    stream.get(empty.ptr(), &mut []).unwrap();
+    let nothing = stream.prepare(NodeList::new()).unwrap();
     stream.replay(nothing.as_ref()).unwrap();
     stub.take_log();
 }
@@ -176,7 +184,7 @@ fn uploads_are_written_where_the_driver_copies_them_from() {
             out.fill(i as u8 + 1);
             Ok(())
         };
-        stream.upload_with(dst, PIECE, &mut fill).unwrap();
+        stream.put_with(dst, PIECE, &mut fill).unwrap();
     }
     let log = stub.take_log();
     let copies = log.iter().filter(|line| line.starts_with("cuMemcpyHtoDAsync_v2"));
@@ -187,7 +195,7 @@ fn uploads_are_written_where_the_driver_copies_them_from() {
     let waits: Vec<&String> = log.iter().filter(|line| line.contains("Synchronize")).collect();
     assert!(waits.len() == 5 && waits.iter().all(|line| line.starts_with("cuEventSynchronize")), "{waits:?}");
     let mut back = vec![0; 5 * PIECE];
-    stream.download(buffer.ptr(), &mut back).unwrap();
+    stream.get(buffer.ptr(), &mut back).unwrap();
     assert!(back.chunks(PIECE).enumerate().all(|(i, piece)| piece.iter().all(|&byte| byte == i as u8 + 1)));
 }
 
@@ -197,21 +205,21 @@ fn an_upload_that_is_not_filled_copies_nothing_and_leaves_its_slot() {
     let device = stub.open().unwrap();
     let buffer = device.alloc(100, "b").unwrap();
     let mut stream = device.stream().unwrap();
-    stream.upload(buffer.ptr(), &[7; 100]).unwrap();
+    stream.put(buffer.ptr(), &[7; 100]).unwrap();
     for _ in 0..5 {
         let broken = &mut |_: &mut [u8]| Err(Error::Internal("unreadable".into()));
-        let error = stream.upload_with(buffer.ptr(), 100, broken).unwrap_err();
+        let error = stream.put_with(buffer.ptr(), 100, broken).unwrap_err();
         assert_eq!(error.to_string(), "internal error: unreadable");
         let panics = &mut |_: &mut [u8]| panic!("on purpose");
-        assert!(catch_unwind(AssertUnwindSafe(|| stream.upload_with(buffer.ptr(), 100, panics))).is_err());
+        assert!(catch_unwind(AssertUnwindSafe(|| stream.put_with(buffer.ptr(), 100, panics))).is_err());
     }
-    let error = stream.upload_with(buffer.ptr(), STAGING_BYTES + 1, &mut |_| Ok(())).unwrap_err();
+    let error = stream.put_with(buffer.ptr(), STAGING_BYTES + 1, &mut |_| Ok(())).unwrap_err();
     assert!(
         error.to_string().contains("8388609 bytes through staging memory, which holds 8388608"),
         "{error}"
     );
     let mut back = [0; 100];
-    stream.download(buffer.ptr(), &mut back).unwrap();
+    stream.get(buffer.ptr(), &mut back).unwrap();
     assert_eq!((back, slots(&stub)), ([7; 100], 3));
     drop((stream, buffer, device));
     assert_eq!(stub.live(), "");
@@ -226,7 +234,7 @@ fn uploads_within_uploads_get_slots_of_their_own() {
             assert_eq!(slots(stub), 5);
             return Ok(());
         }
-        device.stream()?.upload_with(buffer.ptr().offset(depth), 1, &mut |out| {
+        device.stream()?.put_with(buffer.ptr().offset(depth), 1, &mut |out| {
             out.fill(depth as u8);
             nest(device, stub, buffer, depth + 1)
         })
@@ -237,7 +245,7 @@ fn uploads_within_uploads_get_slots_of_their_own() {
     nest(&device, &stub, &buffer, 0).unwrap();
     assert_eq!(slots(&stub), 3);
     let mut back = [9; 5];
-    device.stream().unwrap().download(buffer.ptr(), &mut back).unwrap();
+    device.stream().unwrap().get(buffer.ptr(), &mut back).unwrap();
     assert_eq!(back, [0, 1, 2, 3, 4]);
     drop((buffer, device));
     assert_eq!(stub.live(), "");
@@ -252,21 +260,21 @@ fn only_parameters_of_a_graph_change() {
     let mut stream = device.stream().unwrap();
     let mut list = NodeList::new();
     list.push(node("n", Geometry::linear(1, 32), &a, &a));
-    let mut executable = stream.instantiate(Arc::new(list)).unwrap();
-    let mut empty = stream.instantiate(Arc::new(NodeList::new())).unwrap();
+    let mut executable = stream.prepare(list).unwrap();
+    let mut empty = stream.prepare(NodeList::new()).unwrap();
     stub.take_log();
     let mut changed = node("n", Geometry::linear(1, 32), &a, &a);
     changed.params = ParamBytes::of(&[a.ptr().0, a.ptr().0, 0, 0, 0xabcd]);
-    executable.set_params(0, &changed).unwrap();
+    change(executable.as_mut(), 0, &changed).unwrap();
     let log = stub.take_log();
     let calls: Vec<&String> = log.iter().filter(|line| !line.starts_with("cuCtx")).collect();
     let [line] = calls[..] else { panic!("{log:?}") };
     assert!(line.starts_with("cuGraphExecNodeSetParams exec=0 index=0 symbol=emu_add_one"), "{line}");
     assert!(line.ends_with("cdab000000000000"), "{line}");
-    assert!(matches!(executable.set_params(1, &changed), Err(Error::Internal(_))));
+    assert!(matches!(change(executable.as_mut(), 1, &changed), Err(Error::Internal(_))));
     let wider = node("n", Geometry::linear(2, 32), &a, &a);
-    assert!(matches!(executable.set_params(0, &wider), Err(Error::Internal(_))));
-    assert!(matches!(empty.set_params(0, &changed), Err(Error::Internal(_))));
+    assert!(matches!(change(executable.as_mut(), 0, &wider), Err(Error::Internal(_))));
+    assert!(matches!(change(empty.as_mut(), 0, &changed), Err(Error::Internal(_))));
     assert!(stub.take_log().is_empty(), "the driver was asked");
 }
 
@@ -278,7 +286,7 @@ fn executables_belong_to_their_stream() {
     let (mut one, mut other) = (device.stream().unwrap(), device.stream().unwrap());
     let mut list = NodeList::new();
     list.push(node("n", Geometry::linear(1, 32), &a, &a));
-    let executable = one.instantiate(Arc::new(list)).unwrap();
+    let executable = one.prepare(list).unwrap();
     one.replay(executable.as_ref()).unwrap();
     assert!(matches!(other.replay(executable.as_ref()), Err(Error::Device(_))));
     // Dropped in any order.
@@ -313,14 +321,14 @@ fn wrong_kernels_are_named() {
     let good = node("n", Geometry::linear(1, 32), &a, &a);
     let mut wrong = good.clone();
     wrong.params = ParamBytes::of(&[0u64; 3]);
-    let error = stream.launch(&wrong).unwrap_err().to_string();
+    let error = stream.start(&wrong).unwrap_err().to_string();
     assert!(error.contains("parameter struct of 24 bytes, the kernel takes 40"), "{error}");
     wrong.kernel = KernelId { module: "bugs", symbol: "nowhere" };
-    let error = stream.launch(&wrong).unwrap_err().to_string();
+    let error = stream.start(&wrong).unwrap_err().to_string();
     assert!(error.contains("launch of nowhere failed: cuModuleGetFunction: CUDA error 500"), "{error}");
     wrong.kernel = KernelId { module: "nothing", symbol: "nowhere" };
-    let error = stream.launch(&wrong).unwrap_err().to_string();
+    let error = stream.start(&wrong).unwrap_err().to_string();
     // Neither the folder nor the program has it.
     assert!(error.contains("kernels/nothing.cu"), "{error}");
-    stream.launch(&good).unwrap();
+    stream.start(&good).unwrap();
 }

@@ -2,8 +2,8 @@
 //! AddressSanitizer aborts the process, so in that build each bug runs in a child.
 
 use crate::rig::{Rig, clusters, cooperative};
+use crate::streams::TestStream;
 use std::process::Command;
-use std::sync::Arc;
 use warpstep::device::emulated::{EmulatedOptions, build_kind};
 use warpstep::device::{Buffer, Geometry, NodeList, Span};
 
@@ -153,7 +153,7 @@ impl Bug {
             self.replay_after_a_writer(&mut rig, &input, &out)
         } else {
             let node = rig.node(self.symbol, self.geometry(), &input, &out, 256);
-            rig.stream.launch(&node)
+            rig.stream.start(&node)
         };
         outcome.map_err(|error| error.to_string())?;
         Ok(rig.download(&out))
@@ -168,7 +168,7 @@ impl Bug {
         let mut node = rig.node(self.symbol, self.geometry(), input, out, 256);
         node.writes = vec![out.span()];
         list.push(node);
-        let executable = rig.stream.instantiate(Arc::new(list))?;
+        let executable = rig.stream.prepare(list)?;
         rig.stream.replay(&*executable)
     }
 
@@ -269,7 +269,7 @@ fn audits_count_bytes_by_name() {
     let mut node = rig.node("bug_undeclared", Geometry::linear(blocks, 256), &input, &out, 256);
     node.reads = vec![Span { ptr: input.ptr(), bytes: 1024 }];
     node.writes = vec![Span { ptr: out.ptr(), bytes: 1024 }];
-    rig.stream.launch(&node).unwrap();
+    rig.stream.start(&node).unwrap();
     let audits = rig.device.take_audit();
     if build_kind() != "count" {
         assert!(audits.is_empty());
@@ -301,7 +301,7 @@ fn audits_count_primitives() {
         let input = rig.upload("in", &vec![1.0f32; floats]);
         let out = rig.upload("out", &vec![0.0f32; 512]);
         let node = rig.node(symbol, geometry, &input, &out, n);
-        rig.stream.launch(&node).unwrap();
+        rig.stream.start(&node).unwrap();
         let audit = rig.device.take_audit().remove(0);
         let buffer = audit.buffers.into_iter().find(|buffer| buffer.name == "in").unwrap();
         assert!(audit.undeclared.is_empty());

@@ -1,8 +1,9 @@
 //! The device: independence of devices, determinism, errors, launch checks, replay.
 
 use crate::rig::{Rig, cooperative, ramp};
+use crate::streams::TestStream;
 use std::collections::HashSet;
-use std::sync::Arc;
+use std::sync::{Arc, Barrier};
 use warpstep::Error;
 use warpstep::device::emulated::{
     AsyncCopies, EmulatedDevice, EmulatedOptions, Order, ReplayOrder, build_kind,
@@ -42,15 +43,37 @@ fn copies_outside_an_allocation_are_errors() {
     let buffer = rig.device.alloc(64, "b").unwrap();
     let mut bytes = [0; 65];
     for (result, what) in [
-        (rig.stream.download(buffer.ptr(), &mut bytes), "download of 65 bytes"),
-        (rig.stream.upload(buffer.ptr().offset(1), &[0; 64]), "upload of 64 bytes"),
-        (rig.stream.fill(Span { ptr: DevicePtr(8), bytes: 1 }, 0), "fill of 1 bytes"),
+        (rig.stream.get(buffer.ptr(), &mut bytes), "download of 65 bytes"),
+        (rig.stream.put(buffer.ptr().offset(1), &[0; 64]), "upload of 64 bytes"),
+        (rig.stream.set(Span { ptr: DevicePtr(8), bytes: 1 }, 0), "fill of 1 bytes"),
     ] {
         assert!(result.unwrap_err().to_string().contains(what));
     }
     let ptr = buffer.ptr();
     drop(buffer);
-    assert!(rig.stream.fill(Span { ptr, bytes: 1 }, 0).is_err());
+    assert!(rig.stream.set(Span { ptr, bytes: 1 }, 0).is_err());
+}
+
+/// What a copy finds there stays there until it is done: memory that is freed on another thread is overwritten at once.
+#[test]
+fn nothing_is_freed_under_a_copy() {
+    for _ in 0..20 {
+        let mut rig = Rig::new(options());
+        let buffer = rig.device.alloc(1 << 20, "b").unwrap();
+        rig.stream.set(buffer.span(), 7).unwrap();
+        let (ptr, begun) = (buffer.ptr(), Barrier::new(2));
+        std::thread::scope(|scope| {
+            scope.spawn(|| {
+                begun.wait();
+                drop(buffer);
+            });
+            let mut bytes = vec![0; 1 << 20];
+            begun.wait();
+            while rig.stream.get(ptr, &mut bytes).is_ok() {
+                assert!(bytes.iter().all(|&byte| byte == 7));
+            }
+        });
+    }
 }
 
 /// Two threads, each with a device of its own and options that matter, neither disturbing the other.
@@ -71,7 +94,7 @@ fn two_devices_at_once() {
             let mut rig = Rig::new(EmulatedOptions { async_copies: AsyncCopies::AtOnce, ..options() });
             let buffer = rig.device.alloc(2048, "b").unwrap();
             let node = rig.node("bug_barrier_count", Geometry::linear(1, 256), &buffer, &buffer, 256);
-            assert!(rig.stream.launch(&node).unwrap_err().to_string().contains("deadlock"));
+            assert!(rig.stream.start(&node).unwrap_err().to_string().contains("deadlock"));
         }
     };
     std::thread::scope(|scope| {
@@ -86,7 +109,7 @@ fn a_failed_launch_leaves_the_device_in_error_until_reset() {
     let mut rig = Rig::new(options());
     let buffer = rig.device.alloc(2048, "b").unwrap();
     let node = rig.node("bug_barrier_count", Geometry::linear(1, 256), &buffer, &buffer, 256);
-    let error = rig.stream.launch(&node).unwrap_err();
+    let error = rig.stream.start(&node).unwrap_err();
     let Error::Launch { kernel, reason } = &error else { panic!("{error}") };
     assert_eq!(kernel, "bug_barrier_count");
     assert!(reason.contains("test.bug_barrier_count"), "{reason}");
@@ -95,9 +118,9 @@ fn a_failed_launch_leaves_the_device_in_error_until_reset() {
     assert!(other.alloc(1, "unaffected").is_ok());
     let good = rig.node("emu_add_one", Geometry::linear(1, 32), &buffer, &buffer, 32);
     for result in [
-        rig.stream.launch(&good),
+        rig.stream.start(&good),
         rig.stream.synchronize(),
-        rig.stream.upload(buffer.ptr(), &[0]),
+        rig.stream.put(buffer.ptr(), &[0]),
         rig.device.alloc(1, "x").map(drop),
         rig.stream.record().map(drop),
     ] {
@@ -105,7 +128,7 @@ fn a_failed_launch_leaves_the_device_in_error_until_reset() {
         assert!(error.contains("deadlock") && error.contains("bug_barrier_count"), "{error}");
     }
     rig.device.reset();
-    rig.stream.launch(&good).unwrap();
+    rig.stream.start(&good).unwrap();
 }
 
 /// The report names every group of threads, where it waits, and on what.
@@ -114,7 +137,7 @@ fn a_deadlock_report_says_who_waits_where() {
     let mut rig = Rig::new(options());
     let buffer = rig.upload("b", &[0.0f32; 512]);
     let node = rig.node("bug_barrier_count", Geometry::linear(1, 256), &buffer, &buffer, 256);
-    let report = rig.stream.launch(&node).unwrap_err().to_string();
+    let report = rig.stream.start(&node).unwrap_err().to_string();
     for part in [
         "block 0 threads 0-95: at barrier bar_sync at synchronisation.cu:",
         "block 0 threads 96-127: exited",
@@ -145,13 +168,13 @@ fn launches_that_a_gpu_would_refuse_are_refused() {
         let mut rig = Rig::new(options());
         let buffer = rig.device.alloc(64, "b").unwrap();
         let node = rig.node("emu_add_one", geometry, &buffer, &buffer, 0);
-        let error = rig.stream.launch(&node).unwrap_err().to_string();
+        let error = rig.stream.start(&node).unwrap_err().to_string();
         assert!(error.contains(part), "{error}");
     }
     let mut rig = Rig::new(options());
     let buffer = rig.device.alloc(64, "b").unwrap();
     let node = rig.node("emu_exchange", Geometry::linear(1, 64), &buffer, &buffer, 0);
-    let error = rig.stream.launch(&node).unwrap_err().to_string();
+    let error = rig.stream.start(&node).unwrap_err().to_string();
     assert!(error.contains("block of 64 threads, the kernel is built for 32"), "{error}");
 }
 
@@ -161,10 +184,10 @@ fn unknown_kernels_and_wrong_parameters_are_named() {
     let buffer = rig.device.alloc(64, "b").unwrap();
     let mut node = rig.node("emu_add_one", Geometry::linear(1, 32), &buffer, &buffer, 0);
     node.params = ParamBytes::of(&[0u64; 3]);
-    let error = rig.stream.launch(&node).unwrap_err().to_string();
+    let error = rig.stream.start(&node).unwrap_err().to_string();
     assert!(error.contains("parameter struct of 24 bytes, the kernel takes 40"), "{error}");
     node.kernel = KernelId { module: "nowhere", symbol: "no_such_kernel" };
-    let error = rig.stream.launch(&node).unwrap_err().to_string();
+    let error = rig.stream.start(&node).unwrap_err().to_string();
     assert!(error.contains("no_such_kernel") && error.contains("kernels/nowhere.cu"), "{error}");
 }
 
@@ -174,9 +197,9 @@ fn a_node_whose_buffers_are_gone_does_not_run() {
     let mut rig = Rig::new(options());
     let (x, y) = (rig.upload("x", &ramp(256)), rig.upload("y", &ramp(256)));
     let node = rig.node("emu_add_one", Geometry::linear(4, 64), &x, &y, 256);
-    rig.stream.launch(&node).unwrap();
+    rig.stream.start(&node).unwrap();
     drop(x);
-    let error = rig.stream.launch(&node).unwrap_err().to_string();
+    let error = rig.stream.start(&node).unwrap_err().to_string();
     assert!(
         error.contains("declares 1024 bytes at") && error.contains("not inside one allocation"),
         "{error}"
@@ -206,10 +229,10 @@ fn chain(rig: &mut Rig) -> (Arc<NodeList>, [warpstep::device::Buffer; 4]) {
 fn replay_runs_the_list_again() {
     let mut rig = Rig::new(options());
     let (list, [x, _y, z, w]) = chain(&mut rig);
-    let executable = rig.stream.instantiate(list).unwrap();
+    let executable = rig.stream.prepare(list).unwrap();
     for round in 0..3 {
         let input: Vec<f32> = ramp(256).iter().map(|v| v + round as f32).collect();
-        rig.stream.upload(x.ptr(), bytemuck::cast_slice(&input)).unwrap();
+        rig.stream.put(x.ptr(), bytemuck::cast_slice(&input)).unwrap();
         rig.stream.replay(&*executable).unwrap();
         let event = rig.stream.record().unwrap();
         event.wait().unwrap();
@@ -231,9 +254,9 @@ fn legal_orders_find_a_missing_edge() {
             if drop_edge {
                 list.remove_edge(0, 1).unwrap();
             }
-            let executable = rig.stream.instantiate(Arc::new(list)).unwrap();
+            let executable = rig.stream.prepare(list).unwrap();
             for _ in 0..4 {
-                rig.stream.fill(y.span(), 0xff).unwrap();
+                rig.stream.set(y.span(), 0xff).unwrap();
                 rig.stream.replay(&*executable).unwrap();
                 let z = rig.download::<f32>(&z);
                 wrong += usize::from(z.iter().zip(ramp(256)).any(|(z, x)| *z != x + 2.0));
@@ -253,7 +276,7 @@ fn in_order_runs_are_reproducible_and_random_ones_by_seed() {
         let input = rig.upload("in", &[0.0f32]);
         let out = rig.upload("out", &[0.1f32, 1e8, 0.0]);
         let node = rig.node("emu_flags", cooperative(2, 32), &input, &out, 0);
-        rig.stream.launch(&node).unwrap();
+        rig.stream.start(&node).unwrap();
         rig.download::<f32>(&out)[1].to_bits()
     };
     assert_eq!(run(Order::InOrder, 1), run(Order::InOrder, 2));
@@ -275,7 +298,7 @@ fn dependent_launches_may_read_after_the_wait() {
     let mut second: Node = rig.node("emu_dependent", dependent, &y, &z, 0);
     second.writes = vec![z.span()];
     list.push(second);
-    let executable = rig.stream.instantiate(Arc::new(list)).unwrap();
+    let executable = rig.stream.prepare(list).unwrap();
     rig.stream.replay(&*executable).unwrap();
     let expected: Vec<f32> = ramp(32).iter().enumerate().map(|(i, x)| x + 1.0 + i as f32).collect();
     assert_eq!(rig.download::<f32>(&z), expected);

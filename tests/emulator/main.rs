@@ -7,4 +7,6 @@ mod bugs;
 mod device;
 mod primitives;
 mod rig;
+#[path = "../support/streams.rs"]
+mod streams;
 mod variants;

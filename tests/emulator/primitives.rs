@@ -1,6 +1,7 @@
 //! Every primitive, used as it should be, in every schedule.
 
 use crate::rig::{Rig, clusters, cooperative, ramp, schedules};
+use crate::streams::TestStream;
 use half::bf16;
 use warpstep::device::Geometry;
 use warpstep::device::emulated::EmulatedOptions;
@@ -158,7 +159,7 @@ fn flags_maxima_and_float_sums() {
         let input = rig.upload("in", &[42.0f32]);
         let out = rig.upload("out", &[0.0f32; 3]);
         let node = rig.node("emu_flags", cooperative(2, 32), &input, &out, 0);
-        rig.stream.launch(&node).unwrap();
+        rig.stream.start(&node).unwrap();
         assert_eq!(rig.download::<f32>(&out), [42.0, 2.0 * 496.0, 42.0]);
         let counters = rig.counters.clone();
         assert_eq!(rig.download::<u32>(&counters)[..3], [1, 131, 64]);

@@ -1,5 +1,6 @@
 //! A device, a stream and the buffers that the kernels of `kernels/emulator/bugs` take.
 
+use crate::streams::TestStream;
 use bytemuck::{Pod, Zeroable};
 use warpstep::device::emulated::{AsyncCopies, EmulatedDevice, EmulatedOptions, Order, build_kind};
 use warpstep::device::{Buffer, Device, Geometry, KernelId, Node, ParamBytes, Stream};
@@ -27,7 +28,7 @@ impl Rig {
         let device = EmulatedDevice::new(options).unwrap();
         let mut stream = device.stream().unwrap();
         let counters = device.alloc(512, "counters").unwrap();
-        stream.fill(counters.span(), 0).unwrap();
+        stream.set(counters.span(), 0).unwrap();
         Rig { device, stream, counters }
     }
 
@@ -60,13 +61,13 @@ impl Rig {
     pub fn upload<T: Pod>(&mut self, label: &str, values: &[T]) -> Buffer {
         let bytes: &[u8] = bytemuck::cast_slice(values);
         let buffer = self.device.alloc(bytes.len(), label).unwrap();
-        self.stream.upload(buffer.ptr(), bytes).unwrap();
+        self.stream.put(buffer.ptr(), bytes).unwrap();
         buffer
     }
 
     pub fn download<T: Pod>(&mut self, buffer: &Buffer) -> Vec<T> {
         let mut values = vec![T::zeroed(); buffer.bytes() / size_of::<T>()];
-        self.stream.download(buffer.ptr(), bytemuck::cast_slice_mut(&mut values)).unwrap();
+        self.stream.get(buffer.ptr(), bytemuck::cast_slice_mut(&mut values)).unwrap();
         values
     }
 
@@ -82,7 +83,7 @@ impl Rig {
         let input = self.upload("in", input);
         let out = self.device.alloc(out_len * size_of::<O>(), "out").unwrap();
         let node = self.node(symbol, geometry, &input, &out, n);
-        self.stream.launch(&node).unwrap();
+        self.stream.start(&node).unwrap();
         self.stream.synchronize().unwrap();
         self.download(&out)
     }

@@ -20,7 +20,9 @@ struct SwappingStream {
     kernel: Arc<Mutex<Option<&'static str>>>,
 }
 
-impl Device for Swapping {
+// SAFETY: the inner device does everything. The kernels that are swapped in take the struct of `gather_rows`; they keep
+// to its addresses, or run in a build only that reports every access outside.
+unsafe impl Device for Swapping {
     fn info(&self) -> DeviceInfo {
         self.inner.info()
     }
@@ -39,28 +41,32 @@ impl Device for Swapping {
 }
 
 impl Stream for SwappingStream {
-    fn upload_with(
+    unsafe fn upload_with(
         &mut self,
         dst: DevicePtr,
         bytes: usize,
         fill: &mut dyn FnMut(&mut [u8]) -> Result<()>,
     ) -> Result<()> {
-        self.inner.upload_with(dst, bytes, fill)
+        // SAFETY: promised by the caller.
+        unsafe { self.inner.upload_with(dst, bytes, fill) }
     }
 
-    fn download(&mut self, src: DevicePtr, bytes: &mut [u8]) -> Result<()> {
-        self.inner.download(src, bytes)
+    unsafe fn download(&mut self, src: DevicePtr, bytes: &mut [u8]) -> Result<()> {
+        // SAFETY: promised by the caller.
+        unsafe { self.inner.download(src, bytes) }
     }
 
-    fn fill(&mut self, span: Span, byte: u8) -> Result<()> {
-        self.inner.fill(span, byte)
+    unsafe fn fill(&mut self, span: Span, byte: u8) -> Result<()> {
+        // SAFETY: promised by the caller.
+        unsafe { self.inner.fill(span, byte) }
     }
 
-    fn launch(&mut self, node: &Node) -> Result<()> {
-        self.inner.launch(node)
+    unsafe fn launch(&mut self, node: &Node) -> Result<()> {
+        // SAFETY: promised by the caller.
+        unsafe { self.inner.launch(node) }
     }
 
-    fn instantiate(&mut self, list: Arc<NodeList>) -> Result<Box<dyn Executable>> {
+    unsafe fn instantiate(&mut self, list: Arc<NodeList>) -> Result<Box<dyn Executable>> {
         let mut changed = NodeList::new();
         for node in list.nodes() {
             let mut node = node.clone();
@@ -69,7 +75,8 @@ impl Stream for SwappingStream {
             }
             changed.push(node);
         }
-        self.inner.instantiate(Arc::new(changed))
+        // SAFETY: promised by the caller, but for the kernel: see `Swapping`.
+        unsafe { self.inner.instantiate(Arc::new(changed)) }
     }
 
     fn replay(&mut self, executable: &dyn Executable) -> Result<()> {

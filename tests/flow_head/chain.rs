@@ -2,8 +2,8 @@
 
 use crate::golden::Golden;
 use std::sync::Arc;
-use warpstep::device::Span;
 use warpstep::device::emulated::{EmulatedDevice, EmulatedOptions};
+use warpstep::device::{Node, Span};
 use warpstep::ops::harness::{Rig, Tensor, encode};
 use warpstep::ops::params::{GenerationState, GridBarrier, SolverStep};
 use warpstep::ops::{DType, Launch, Selection, flow_chain, flow_modulation, linear};
@@ -186,6 +186,11 @@ fn rig(sm_count: u32) -> Rig {
     Rig::new(Arc::new(EmulatedDevice::new(options).unwrap()), 1).unwrap()
 }
 
+fn launch_node(rig: &mut Rig, node: &Node) {
+    // SAFETY: over buffers of the rig, in the sizes that the ops ask for; the only index, the token's, is in range.
+    unsafe { rig.launch(node) }.unwrap();
+}
+
 impl<'a> Chain<'a> {
     pub fn new(head: &'a Head, dtype: DType, sm_count: u32) -> Chain<'a> {
         Chain { head, dtype, sm_count, rig: rig(sm_count), selection: Selection::default() }
@@ -222,7 +227,7 @@ impl<'a> Chain<'a> {
             sm_count: self.sm_count,
             dependent: false,
         };
-        self.rig.run(&linear::node(&launch, "linear", &args).unwrap()).unwrap();
+        launch_node(&mut self.rig, &linear::node(&launch, "linear", &args).unwrap());
         y
     }
 
@@ -264,7 +269,7 @@ impl<'a> Chain<'a> {
             sm_count: self.sm_count,
             dependent: false,
         };
-        self.rig.run(&flow_modulation::node(&launch, "modulation", &args).unwrap()).unwrap();
+        launch_node(&mut self.rig, &flow_modulation::node(&launch, "modulation", &args).unwrap());
         modulation
     }
 
@@ -347,7 +352,7 @@ impl<'a> Chain<'a> {
             sm_count: self.sm_count,
             dependent: false,
         };
-        rig.run(&flow_chain::node(&launch, "chain", &args).unwrap()).unwrap();
+        launch_node(rig, &flow_chain::node(&launch, "chain", &args).unwrap());
         let mut read = |span| rig.read(span, DType::F32).unwrap();
         Sampled {
             v_raw: read(trace_v_raw),
@@ -389,6 +394,6 @@ pub fn randn(
     };
     let selection = Selection::default();
     let launch = Launch { selection: &selection, dtype: DType::F32, sm_count: 4, dependent: false };
-    rig.run(&randn::node(&launch, "randn", &args).unwrap()).unwrap();
+    launch_node(&mut rig, &randn::node(&launch, "randn", &args).unwrap());
     rig.read(draws, DType::F32).unwrap()
 }

@@ -251,7 +251,7 @@ fn show(row: &Row, ceilings: &Ceilings) {
 
 /// The sizes that decide bytes.
 fn shape(model: &NextStep) -> String {
-    let c = &model.config;
+    let c = model.config();
     format!(
         "{} layers, hidden {}, MLP {}, heads {}/{} x {}, flow head {} x {}, {} bytes of weights in {}",
         c.num_hidden_layers,
@@ -263,6 +263,6 @@ fn shape(model: &NextStep) -> String {
         c.fm_head_layers,
         c.fm_head_dim,
         model.weight_bytes(),
-        model.dtype.name()
+        model.dtype().name()
     )
 }

@@ -189,7 +189,7 @@ impl Template {
 }
 
 impl Executable for CudaExecutable {
-    fn set_params(&mut self, index: usize, node: &Node) -> Result<()> {
+    unsafe fn set_params(&mut self, index: usize, node: &Node) -> Result<()> {
         let (shared, count) = (&self.shared, self.list.len());
         let missing = || Error::Internal(format!("parameters for node {index} of {count}"));
         self.list.nodes().get(index).ok_or_else(missing)?.check_same_launch(node)?;

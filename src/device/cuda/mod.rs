@@ -17,7 +17,7 @@ mod stream;
 mod sys;
 mod turns;
 
-use super::{Buffer, Device, DeviceInfo, DevicePtr, Span, Stream, cubins};
+use super::{Buffer, Copies, Device, DeviceInfo, DevicePtr, Span, Stream, cubins};
 use crate::error::{Error, Result};
 use shared::{Shared, explain};
 use std::ffi::{c_char, c_int};
@@ -206,7 +206,8 @@ impl std::fmt::Debug for CudaDevice {
     }
 }
 
-impl Device for CudaDevice {
+// SAFETY: memory and streams are the driver's.
+unsafe impl Device for CudaDevice {
     fn info(&self) -> DeviceInfo {
         let facts = &self.shared.facts;
         let free = self.shared.enter().ok().and_then(|_entered| self.shared.free_bytes());
@@ -230,10 +231,11 @@ impl Device for CudaDevice {
         let memory = Memory { ptr, bytes, shared: shared.clone() };
         if shared.options.poison {
             let mut stream = self.stream()?;
-            stream.fill(Span { ptr: DevicePtr(ptr), bytes }, 0xff)?;
+            stream.set(Span { ptr: DevicePtr(ptr), bytes }, 0xff)?;
             stream.synchronize()?;
         }
-        Ok(Buffer::new(DevicePtr(ptr), bytes, Arc::new(memory)))
+        // SAFETY: just allocated, and freed by `memory`.
+        Ok(unsafe { Buffer::new(DevicePtr(ptr), bytes, Arc::new(memory)) })
     }
 
     fn name_span(&self, _span: Span, _label: &str) {}

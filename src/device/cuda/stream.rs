@@ -55,7 +55,7 @@ impl Drop for CudaStream {
 }
 
 impl Stream for CudaStream {
-    fn upload_with(
+    unsafe fn upload_with(
         &mut self,
         dst: DevicePtr,
         bytes: usize,
@@ -73,7 +73,7 @@ impl Stream for CudaStream {
         lease.copy(self.handle, dst.0, bytes)
     }
 
-    fn download(&mut self, src: DevicePtr, bytes: &mut [u8]) -> Result<()> {
+    unsafe fn download(&mut self, src: DevicePtr, bytes: &mut [u8]) -> Result<()> {
         if bytes.is_empty() {
             return Ok(());
         }
@@ -89,7 +89,7 @@ impl Stream for CudaStream {
         shared.check(unsafe { shared.driver.cuStreamSynchronize(self.handle) })
     }
 
-    fn fill(&mut self, span: Span, byte: u8) -> Result<()> {
+    unsafe fn fill(&mut self, span: Span, byte: u8) -> Result<()> {
         if span.bytes == 0 {
             return Ok(());
         }
@@ -100,7 +100,7 @@ impl Stream for CudaStream {
         shared.check(status)
     }
 
-    fn fill_rows(&mut self, first: Span, pitch_bytes: usize, rows: usize, byte: u8) -> Result<()> {
+    unsafe fn fill_rows(&mut self, first: Span, pitch_bytes: usize, rows: usize, byte: u8) -> Result<()> {
         if first.bytes == 0 || rows == 0 {
             return Ok(());
         }
@@ -113,7 +113,7 @@ impl Stream for CudaStream {
         shared.check(status)
     }
 
-    fn launch(&mut self, node: &Node) -> Result<()> {
+    unsafe fn launch(&mut self, node: &Node) -> Result<()> {
         let shared = &self.shared;
         let _range = nvtx::range(|| &node.label);
         let _entered = shared.enter()?;
@@ -132,15 +132,14 @@ impl Stream for CudaStream {
         let mut arguments = [node.params.as_slice().as_ptr().cast_mut().cast()];
         let _turn = geometry.cooperative.then(|| turns::take(shared, self.handle)).transpose()?;
         // SAFETY: `function` takes one struct of exactly these bytes, which the driver copies before it returns;
-        // the attributes outlive the call. What the struct's addresses point to is the node's promise, as on any
-        // GPU: ops build it from live buffers.
+        // the attributes outlive the call. What the struct's addresses point to is the caller's promise.
         let status = unsafe {
             shared.driver.cuLaunchKernelEx(&config, function, arguments.as_mut_ptr(), std::ptr::null_mut())
         };
         shared.check_launch(status, node.kernel.symbol)
     }
 
-    fn instantiate(&mut self, list: Arc<NodeList>) -> Result<Box<dyn Executable>> {
+    unsafe fn instantiate(&mut self, list: Arc<NodeList>) -> Result<Box<dyn Executable>> {
         let _entered = self.shared.enter()?;
         Ok(Box::new(CudaExecutable::new(self.shared.clone(), self.handle, list)?))
     }
@@ -158,7 +157,7 @@ impl Stream for CudaStream {
         let _entered = shared.enter()?;
         let _turn = executable.cooperative().then(|| turns::take(shared, self.handle)).transpose()?;
         // SAFETY: an executable graph and a stream of this context; replays of one graph are ordered by the
-        // stream, and its parameters are the nodes' promise as in `launch`.
+        // stream, and what its nodes do was promised to `instantiate` and `set_params`.
         let status = unsafe { shared.driver.cuGraphLaunch(handle, self.handle) };
         shared.check_launch(status, "a graph")
     }

@@ -221,7 +221,8 @@ impl Shared {
     }
 }
 
-impl Device for EmulatedDevice {
+// SAFETY: memory is the host heap's, and what is enqueued runs at once.
+unsafe impl Device for EmulatedDevice {
     fn info(&self) -> DeviceInfo {
         DeviceInfo {
             kind: "emulated",
@@ -238,7 +239,8 @@ impl Device for EmulatedDevice {
         let memory = Memory::new(bytes, label, self.shared.clone())?;
         let ptr = memory.ptr;
         lock(&self.shared.names).add_allocation(Span { ptr, bytes }, label);
-        Ok(Buffer::new(ptr, bytes, Arc::new(memory)))
+        // SAFETY: just allocated, and freed by `memory`.
+        Ok(unsafe { Buffer::new(ptr, bytes, Arc::new(memory)) })
     }
 
     fn name_span(&self, span: Span, label: &str) {

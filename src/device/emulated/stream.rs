@@ -1,12 +1,20 @@
 //! Streams of the emulated device: everything enqueued has run when the call returns.
+//!
+//! Copies and fills promise more than [`Stream`] asks for. They look their range up in the table of allocations and
+//! keep the table locked until they are done: a range outside one live allocation is an error, and no other thread
+//! frees the allocation meanwhile, or copies there. Freeing takes the same lock, and no other while it holds it;
+//! nothing that a copy calls in between frees or allocates. Launches look their declared spans up too, but run without
+//! the lock, or one session would wait for another's kernels: that nobody frees or touches their memory meanwhile, by
+//! copies neither, is their callers' promise alone.
 
+use super::audit::Names;
 use super::ffi::{self, Kernel, RawSpan};
 use super::{ReplayOrder, Shared, audit, build_kind, host_pointer, lock};
 use crate::device::{DevicePtr, Event, Executable, Node, NodeList, Span, Stream, check_staging, nvtx};
 use crate::error::{Error, Result};
 use std::any::Any;
 use std::collections::HashMap;
-use std::sync::Arc;
+use std::sync::{Arc, MutexGuard};
 use std::time::Instant;
 
 pub(super) struct EmulatedStream {
@@ -19,6 +27,12 @@ pub(super) struct EmulatedStream {
     staging: Vec<u8>,
 }
 
+/// Device memory that stays where it is.
+struct Held<'a> {
+    start: *mut u8,
+    _allocations: MutexGuard<'a, Names>,
+}
+
 /// The list itself, with its kernels looked up.
 struct Replayable {
     shared: Arc<Shared>,
@@ -29,7 +43,7 @@ struct Replayable {
 }
 
 impl Executable for Replayable {
-    fn set_params(&mut self, index: usize, node: &Node) -> Result<()> {
+    unsafe fn set_params(&mut self, index: usize, node: &Node) -> Result<()> {
         self.shared.begin("set_params")?;
         // Whoever recorded the list keeps it as it was.
         Arc::make_mut(&mut self.list).set_params(index, node)
@@ -105,8 +119,8 @@ impl EmulatedStream {
             foreign,
             pieces: &mut pieces,
         };
-        // SAFETY: parameter structs are built by ops from live buffers; what a wrong one does is what it would do
-        // on a GPU, and the instrumented builds exist to find it.
+        // SAFETY: promised to `launch`, or to `instantiate` and `set_params`. What a broken promise does is what it
+        // would do on a GPU, and the instrumented builds exist to find it.
         let outcome = unsafe { ffi::launch(request) };
         if build == "count" {
             let launch = audit::summarise(&node.label, node.kernel.symbol, &pieces, &names);
@@ -135,21 +149,23 @@ impl EmulatedStream {
         }
     }
 
-    /// Where `bytes` bytes of device memory lie on the host; an error unless one allocation holds them all.
-    fn resolve(&self, ptr: DevicePtr, bytes: usize, what: &str) -> Result<*mut u8> {
+    /// Where `bytes` bytes of device memory lie on the host; an error unless one allocation holds them all. Nothing is
+    /// freed until the answer is dropped.
+    fn resolve(&self, ptr: DevicePtr, bytes: usize, what: &str) -> Result<Held<'_>> {
         self.shared.begin(what)?;
-        if !lock(&self.shared.names).holds(Span { ptr, bytes }) {
+        let allocations = lock(&self.shared.names);
+        if !allocations.holds(Span { ptr, bytes }) {
             return Err(Error::Device(format!(
                 "{what} of {bytes} bytes at {:#x}: not inside one allocation",
                 ptr.0
             )));
         }
-        Ok(host_pointer(ptr))
+        Ok(Held { start: host_pointer(ptr), _allocations: allocations })
     }
 }
 
 impl Stream for EmulatedStream {
-    fn upload_with(
+    unsafe fn upload_with(
         &mut self,
         dst: DevicePtr,
         bytes: usize,
@@ -163,38 +179,39 @@ impl Stream for EmulatedStream {
         fill(&mut self.staging[..bytes])?;
         let target = self.resolve(dst, bytes, "upload")?;
         // SAFETY: as in `upload`.
-        unsafe { target.copy_from_nonoverlapping(self.staging.as_ptr(), bytes) };
+        unsafe { target.start.copy_from_nonoverlapping(self.staging.as_ptr(), bytes) };
         Ok(())
     }
 
-    fn upload(&mut self, dst: DevicePtr, bytes: &[u8]) -> Result<()> {
+    unsafe fn upload(&mut self, dst: DevicePtr, bytes: &[u8]) -> Result<()> {
         let target = self.resolve(dst, bytes.len(), "upload")?;
-        // SAFETY: `resolve` found the range inside a live allocation, which no host slice overlaps.
-        unsafe { target.copy_from_nonoverlapping(bytes.as_ptr(), bytes.len()) };
+        // SAFETY: the range lies inside an allocation that lives as long as `target`, and no host slice overlaps it; no
+        // kernel is at work there, as the caller promised.
+        unsafe { target.start.copy_from_nonoverlapping(bytes.as_ptr(), bytes.len()) };
         Ok(())
     }
 
-    fn download(&mut self, src: DevicePtr, bytes: &mut [u8]) -> Result<()> {
+    unsafe fn download(&mut self, src: DevicePtr, bytes: &mut [u8]) -> Result<()> {
         let source = self.resolve(src, bytes.len(), "download")?;
         // SAFETY: as in `upload`.
-        unsafe { source.copy_to_nonoverlapping(bytes.as_mut_ptr(), bytes.len()) };
+        unsafe { source.start.copy_to_nonoverlapping(bytes.as_mut_ptr(), bytes.len()) };
         Ok(())
     }
 
-    fn fill(&mut self, span: Span, byte: u8) -> Result<()> {
+    unsafe fn fill(&mut self, span: Span, byte: u8) -> Result<()> {
         let target = self.resolve(span.ptr, span.bytes, "fill")?;
         // SAFETY: as in `upload`.
-        unsafe { target.write_bytes(byte, span.bytes) };
+        unsafe { target.start.write_bytes(byte, span.bytes) };
         Ok(())
     }
 
-    fn launch(&mut self, node: &Node) -> Result<()> {
+    unsafe fn launch(&mut self, node: &Node) -> Result<()> {
         self.shared.begin("launch")?;
         let kernel = self.kernel(node)?;
         self.run(node, kernel, &[])
     }
 
-    fn instantiate(&mut self, list: Arc<NodeList>) -> Result<Box<dyn Executable>> {
+    unsafe fn instantiate(&mut self, list: Arc<NodeList>) -> Result<Box<dyn Executable>> {
         self.shared.begin("instantiate")?;
         let nodes = list.nodes();
         let kernels = nodes.iter().map(|node| self.kernel(node)).collect::<Result<_>>()?;
@@ -211,7 +228,9 @@ impl Stream for EmulatedStream {
     }
 
     fn replay(&mut self, executable: &dyn Executable) -> Result<()> {
-        let Some(Replayable { list, kernels, foreign, .. }) = executable.as_any().downcast_ref() else {
+        let ours = |executable: &&Replayable| Arc::ptr_eq(&executable.shared, &self.shared);
+        let Some(Replayable { list, kernels, foreign, .. }) = executable.as_any().downcast_ref().filter(ours)
+        else {
             return Err(Error::Device("replay of an executable that another device made".into()));
         };
         self.shared.begin("replay")?;

@@ -6,7 +6,7 @@
 //! pictures are not kept either. What a sequence repeats of another one is kept where that one's is.
 
 use super::{Run, own, stage_selection};
-use crate::device::Span;
+use crate::device::{Copies, Span};
 use crate::error::Result;
 use crate::model::arena::Stage;
 use crate::model::plan::{RunSpec, plan_memory};
@@ -122,7 +122,7 @@ impl Run {
         let forgotten = (0..self.cached.len()).filter(|&sequence| self.cached[sequence].is_none());
         spans.extend(forgotten.map(|sequence| prompt_x.slice(sequence * row_bytes, row_bytes)));
         for span in spans {
-            self.stream.fill(span, WIPED)?;
+            self.stream.set(span, WIPED)?;
         }
         // Keys and values lie as [layers, sequences, heads, slots]; those of neighbours with prompts of one length,
         // such as the images of a batch, are a grid of rows.
@@ -137,7 +137,7 @@ impl Run {
                     let (length, rows) = (equal[0], equal.len() * heads);
                     let first: Span = buffer
                         .slice((row * capacity + length) * slot_bytes, (capacity - length) * slot_bytes);
-                    self.stream.fill_rows(first, capacity * slot_bytes, rows, WIPED)?;
+                    self.stream.set_rows(first, capacity * slot_bytes, rows, WIPED)?;
                     row += rows;
                 }
             }
@@ -186,14 +186,14 @@ mod tests {
             run.record_image().unwrap().0,
         ];
         for list in lists {
-            let executable = run.stream().instantiate(Arc::new(list)).unwrap();
+            let executable = run.instantiate(list).unwrap();
             run.stream().replay(executable.as_ref()).unwrap();
         }
     }
 
     fn wiped(run: &mut Run, span: Span) -> bool {
         let mut bytes = vec![0; span.bytes];
-        run.stream().download(span.ptr, &mut bytes).unwrap();
+        run.stream().get(span, &mut bytes).unwrap();
         bytes.iter().all(|&byte| byte == WIPED)
     }
 
@@ -261,7 +261,7 @@ mod tests {
 
     fn downloaded(run: &mut Run, span: Span) -> Vec<u8> {
         let mut bytes = vec![0; span.bytes];
-        run.stream().download(span.ptr, &mut bytes).unwrap();
+        run.stream().get(span, &mut bytes).unwrap();
         bytes
     }
 

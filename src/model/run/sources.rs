@@ -1,7 +1,7 @@
 //! Input pictures of a run: from pixels to the image tokens that prefill embeds.
 
 use super::{Run, stage_selection};
-use crate::device::{NodeList, Span, Stream};
+use crate::device::{Copies, NodeList, Span, Stream};
 use crate::error::{Error, Result};
 use crate::image::RgbImage;
 use crate::model::arena::{Arena, Stage};
@@ -48,10 +48,10 @@ impl<'a> SourceParts<'a> {
         if size_of_val(rows) > span.bytes {
             return Err(Error::Internal(format!("{} prompt rows for {} bytes", rows.len(), span.bytes)));
         }
-        stream.upload(span.ptr, bytemuck::cast_slice(rows))?;
+        stream.put(span, bytemuck::cast_slice(rows))?;
         match draws.is_empty() {
             true => Ok(()),
-            false => stream.upload(self.arena.span(slots.draws).ptr, bytemuck::cast_slice(&draws)),
+            false => stream.put(self.arena.span(slots.draws), bytemuck::cast_slice(&draws)),
         }
     }
 
@@ -91,7 +91,7 @@ impl<'a> SourceParts<'a> {
 
     fn upload_pixels(&self, stream: &mut dyn Stream, image: &RgbImage, encoded: &Encoded) -> Result<()> {
         let (bytes, _) = ops::harness::encode(self.model.dtype, VaeEncoder::pixel_values(image));
-        stream.upload(encoded.pixels.ptr, &bytes)
+        stream.put(encoded.pixels, &bytes)
     }
 
     /// Encodes every picture, one after another over the same memory. `between` is called before each and may end it.
@@ -105,7 +105,8 @@ impl<'a> SourceParts<'a> {
             between()?;
             let (list, encoded) = self.record(launch, picture, |_| Default::default())?;
             self.upload_pixels(stream, image, &encoded)?;
-            let executable = stream.instantiate(Arc::new(list))?;
+            // SAFETY: as for all lists of a run (see `model::run`), and it goes no further than this turn.
+            let executable = unsafe { stream.instantiate(Arc::new(list)) }?;
             stream.replay(executable.as_ref())?;
             stream.synchronize()?;
         }
