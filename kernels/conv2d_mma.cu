@@ -166,16 +166,14 @@ DEV void send_weights(const Conv2dParams& p, bf16* to, uint32_t slice, uint32_t 
 }
 
 // Statistics of every channel of the tile [128 pixels][16 * NT + 8] that the block has left in shared memory. A thread
-// finds those of four channels over kPartRows rows, which it keeps in registers for the second pass. WHOLE as in
-// finish.
-template <int NT, bool WHOLE>
+// finds those of four channels over kPartRows rows, which it keeps in registers for the second pass.
+template <int NT>
 DEV void tile_stats(const Conv2dParams& p, const bf16* tile, float* parts, uint32_t n0, uint32_t rows, uint32_t cols) {
   constexpr uint32_t kN = 16 * NT, kParts = kTileH / kPartRows, kPixels = kPartRows * kTileW;
   static_assert(kParts * (kN / 4) <= kThreads, "one part per thread");
   const uint32_t channel = tid_x() % (kN / 4) * 4, part = tid_x() / (kN / 4);
   if (part < kParts) {
-    const uint32_t wanted =
-        WHOLE || n0 + channel < p.c_out ? rows : 0;  // nothing lies in the columns of other channels
+    const uint32_t wanted = n0 + channel < p.c_out ? rows : 0;  // nothing lies in the columns of other channels
     const uint32_t part_rows = wanted > part * kPartRows ? wanted - part * kPartRows : 0;
     const uint32_t count = (part_rows < kPartRows ? part_rows : kPartRows) * cols;
     const float inverse = count ? 1.0f / static_cast<float>(count) : 0.0f;
@@ -184,7 +182,7 @@ DEV void tile_stats(const Conv2dParams& p, const bf16* tile, float* parts, uint3
     const auto each = [&](auto&& use) {
 #pragma unroll
       for (uint32_t i = 0; i < kPixels; i++) {
-        if (!WHOLE && (i / kTileW >= part_rows || i % kTileW >= cols)) continue;
+        if (i / kTileW >= part_rows || i % kTileW >= cols) continue;
         const float v[4] = {bf_lo(stored[i].x), bf_hi(stored[i].x), bf_lo(stored[i].y), bf_hi(stored[i].y)};
 #pragma unroll
         for (int c = 0; c < 4; c++) use(c, v[c]);
@@ -192,7 +190,7 @@ DEV void tile_stats(const Conv2dParams& p, const bf16* tile, float* parts, uint3
     };
 #pragma unroll
     for (uint32_t i = 0; i < kPixels; i++)
-      if (WHOLE || (i / kTileW < part_rows && i % kTileW < cols))
+      if (i / kTileW < part_rows && i % kTileW < cols)
         stored[i] = *reinterpret_cast<const v2u*>(tile + (part * kPixels + i) * (kN + 8) + channel);
     each([&](int c, float v) { mean[c] += v; });
 #pragma unroll
@@ -321,26 +319,25 @@ DEV void multiply(const Conv2dParams& p, unsigned char* smem, Sums<NT>& acc) {
   }
 }
 
-// Bias and residual, y, and the statistics of the tile. WHOLE: all of the block's pixels and channels exist, in octets,
-// as in all blocks of the usual sizes: between two tests one result would wait for the one before it.
-template <int NT, bool WHOLE>
+// Bias and residual, y, and the statistics of the tile.
+template <int NT>
 DEV void finish(const Conv2dParams& p, unsigned char* smem, const Sums<NT>& acc) {
   constexpr int kN = 16 * NT;
   static_assert(kN <= kThreads, "a thread merges the statistics of a channel");
   const uint32_t tiles_x = (p.width + kTileW - 1) / kTileW, image = bid_z(), n0 = bid_y() * kN;
   const uint32_t y0 = bid_x() / tiles_x * kTileH, x0 = bid_x() % tiles_x * kTileW;
   const uint32_t warp_row = warp_id() % 2 * kWarpH, warp_n = warp_id() / 2 * (8 * NT), lane = lane_id();
-  const bool active = WHOLE || (y0 + warp_row < p.height && n0 + warp_n < p.c_out);
-  const bool vector = WHOLE || p.c_out % kChunk == 0;
+  const bool active = y0 + warp_row < p.height && n0 + warp_n < p.c_out;
+  const bool vector = p.c_out % kChunk == 0;
   bf16* tile = reinterpret_cast<bf16*>(smem);
   if (p.partial) block_sync();  // patch and weights have been read
   if (active) {
 #pragma unroll
     for (uint32_t q = 0; q < NT / 4; q++) {
       const uint32_t column = warp_n + q * 32 + lane % 4 * 8, n = n0 + column;
-      if (!WHOLE && n >= p.c_out) continue;
+      if (n >= p.c_out) continue;
       const auto inside = [&](uint32_t m, uint32_t half) {
-        return WHOLE || (y0 + warp_row + m < p.height && x0 + lane / 4 + half * 8 < p.width);
+        return y0 + warp_row + m < p.height && x0 + lane / 4 + half * 8 < p.width;
       };
       const auto at = [&](uint32_t m, uint32_t half) {
         const size_t row = static_cast<size_t>(image) * p.height + y0 + warp_row + m;
@@ -357,8 +354,7 @@ DEV void finish(const Conv2dParams& p, unsigned char* smem, const Sums<NT>& acc)
       }
       float bias[8];
 #pragma unroll
-      for (uint32_t i = 0; i < 8; i++)
-        bias[i] = WHOLE || n + i < p.c_out ? to_f32(ptr<const bf16>(p.bias)[n + i]) : 0.0f;
+      for (uint32_t i = 0; i < 8; i++) bias[i] = n + i < p.c_out ? to_f32(ptr<const bf16>(p.bias)[n + i]) : 0.0f;
 #pragma unroll
       for (uint32_t m = 0; m < kWarpH; m++)
 #pragma unroll
@@ -386,9 +382,9 @@ DEV void finish(const Conv2dParams& p, unsigned char* smem, const Sums<NT>& acc)
   }
   if (!p.partial) return;
   block_sync();
-  const uint32_t rows = WHOLE ? kTileH : umin(p.height - y0, kTileH),
-                 cols = WHOLE ? kTileW : umin(p.width - x0, kTileW);
-  tile_stats<NT, WHOLE>(p, tile, reinterpret_cast<float*>(tile + kTileH * kTileW * (kN + 8)), n0, rows, cols);
+  const uint32_t rows = p.height - y0 < kTileH ? p.height - y0 : kTileH;
+  const uint32_t cols = p.width - x0 < kTileW ? p.width - x0 : kTileW;
+  tile_stats<NT>(p, tile, reinterpret_cast<float*>(tile + kTileH * kTileW * (kN + 8)), n0, rows, cols);
 }
 
 template <int NT>
@@ -402,14 +398,7 @@ DEV void conv2d_mma(const Conv2dParams& p, unsigned char* smem) {
     multiply<Form<3, 1, 0>, NT>(p, smem, acc);
   else if constexpr (NT == 4)  // a patch four times as large leaves no room for more channels
     multiply<Form<3, 2, 0>, NT>(p, smem, acc);
-  const uint32_t tiles_x = (p.width + kTileW - 1) / kTileW;
-  const bool whole = bid_x() / tiles_x * kTileH + kTileH <= p.height &&
-                     bid_x() % tiles_x * kTileW + kTileW <= p.width && (bid_y() + 1) * (16 * NT) <= p.c_out &&
-                     p.c_out % kChunk == 0;
-  if (whole)
-    finish<NT, true>(p, smem, acc);
-  else
-    finish<NT, false>(p, smem, acc);
+  finish<NT>(p, smem, acc);
 }
 
 KERNEL(conv2d_mma_bf16, Conv2dParams, 128, 2) {

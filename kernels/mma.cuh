@@ -158,6 +158,18 @@ DEV void emit_parts(const Product& p, const MmaBlock& b, Emit emit) {
   }
 }
 
+/* A warp's sums. WHOLE: all of its rows and units exist (emit_tile). */
+template <bool WHOLE, class Emit>
+DEV void emit_sums(const Product& p, const WarpSums& sums, uint32_t tile, uint32_t row, uint32_t groups, Emit emit) {
+#pragma unroll
+  for (uint32_t j = 0; j < kWarpGroups; j++) {
+    if (!WHOLE && j >= groups) break;
+#pragma unroll
+    for (uint32_t i = 0; i < kWarpTiles; i++)
+      emit_tile<WHOLE>(sums[i][j], tile + i, p.units, row + j * kStepRows, p.rows, emit);
+  }
+}
+
 /* The multiplications of a warp, whose sums it emits, or leaves in the stages' place for emit_parts. */
 template <class Emit>
 DEV void multiply_all(const Product& p, const MmaBlock& b, Emit emit) {
@@ -192,21 +204,10 @@ DEV void multiply_all(const Product& p, const MmaBlock& b, Emit emit) {
     return;
   }
   const uint32_t first_tile = b.tile0 + tile0, first_row = b.row0 + group0 * kStepRows;
-  if ((first_tile + kWarpTiles) * kUnitsPerTile <= p.units && first_row + kWarpGroups * kStepRows <= p.rows) {
-#pragma unroll
-    for (uint32_t j = 0; j < kWarpGroups; j++)
-#pragma unroll
-      for (uint32_t i = 0; i < kWarpTiles; i++)
-        emit_tile<true>(sums[i][j], first_tile + i, p.units, first_row + j * kStepRows, p.rows, emit);
-    return;
-  }
-#pragma unroll
-  for (uint32_t j = 0; j < kWarpGroups; j++) {
-    if (j >= groups) break;
-#pragma unroll
-    for (uint32_t i = 0; i < kWarpTiles; i++)
-      emit_tile(sums[i][j], first_tile + i, p.units, first_row + j * kStepRows, p.rows, emit);
-  }
+  if ((first_tile + kWarpTiles) * kUnitsPerTile <= p.units && first_row + kWarpGroups * kStepRows <= p.rows)
+    emit_sums<true>(p, sums, first_tile, first_row, groups, emit);
+  else
+    emit_sums<false>(p, sums, first_tile, first_row, groups, emit);
 }
 
 /* activations() is called after griddep_wait and says where h comes from. */

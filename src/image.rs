@@ -1,21 +1,18 @@
 //! Pictures on disk: PNG files out, with the request inside, and that text back; PNG, JPEG and WebP files in, brought
 //! to a size that the model takes.
 //!
-//! A file appears under its name only when it is whole: it is written beside its destination, flushed to the disk and
-//! renamed. Two text chunks carry what made the picture: `parameters`, the line format that viewers read, and
+//! A file appears under its name only when it is whole ([`crate::files`]). Two text chunks carry what made the picture: `parameters`, the line format that viewers read, and
 //! `warpstep`, JSON for ourselves. This module knows neither requests nor how pixels come about.
 
-mod atomic;
 mod prepare;
 mod read;
 mod resize;
 
-pub use atomic::check_destination;
 pub use prepare::{BUCKETS, ResizeMode, nearest_bucket, prepare};
 pub use read::{ImageLimits, load_image};
 
 use crate::error::{Error, Result};
-pub(crate) use atomic::write_atomically;
+use crate::files::write_atomically;
 use std::fs::File;
 use std::io::{BufRead, BufReader, Seek, Write};
 use std::path::Path;

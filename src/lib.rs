@@ -29,6 +29,7 @@
 //! | [`session`] | the token loop: events, cancel, checks; memory, lists and prompts kept for the next request |
 //! | [`text`] | text from the LM head: the same loop with the host choosing each token |
 //! | [`mod@reconstruct`] | pictures through the VAE and back |
+//! | [`files`] | files that are either whole or not there: pictures, tokens, reports |
 //! | [`tokens`] | image tokens in files, to be decoded again |
 //! | [`model`] | configs, weights on the device, the order of ops, the memory plan |
 //! | [`ops`] | one op per file: shapes, geometry, declared reads and writes; the registry and the test harness |
@@ -58,6 +59,7 @@ pub mod device;
 pub mod engine;
 pub mod error;
 pub mod event;
+pub mod files;
 pub mod image;
 pub mod metrics;
 pub mod model;

@@ -5,7 +5,8 @@
 //! metadata has JSON under `warpstep` that says what they belong to; [`ImageTokens`] has the fields.
 
 use crate::error::{Error, Result};
-use crate::image::{Metadata, write_atomically};
+use crate::files::write_atomically;
+use crate::image::Metadata;
 use crate::ops::DType;
 use crate::ops::harness::{decode, encode};
 use safetensors::tensor::TensorView;

@@ -3,7 +3,7 @@
 
 use std::path::{Path, PathBuf};
 use std::process::{Command, Output};
-use warpstep::image::{RgbImage, read_png_info, write_png};
+use warpstep::image::{ImageLimits, RgbImage, load_image, read_png_info, write_png};
 
 fn warpstep(arguments: &[&str]) -> Output {
     Command::new(env!("CARGO_BIN_EXE_warpstep")).args(arguments).output().unwrap()
@@ -114,6 +114,29 @@ fn instructions_of_a_file_edit_the_same_picture() {
     run(&["edit", &a, "make it blue", "--cfg-img", "1.5", "--steps", "2", "--seed", "1", "-o", &out]);
     assert_eq!(dir.read("out.png"), dir.read("out-1.png"));
     assert_ne!(dir.read("out-0.png"), dir.read("out-1.png"));
+}
+
+#[test]
+fn pictures_are_compared() {
+    let dir = Folder::new();
+    let (a, b, small) =
+        (dir.picture("a.png", 16, 32), dir.picture("b.png", 16, 48), dir.picture("c.png", 8, 8));
+    let same = warpstep(&["compare", &a, &a, "--at-least", "40"]);
+    assert!(same.status.success());
+    let said = String::from_utf8(same.stdout).unwrap();
+    assert_eq!(said, "PSNR inf dB, SSIM 1.0000, largest difference 0 of 255\n");
+    // Too small for a window of SSIM, and no reason to refuse.
+    assert_eq!(warpstep(&["compare", &small, &small]).stdout, b"PSNR inf dB, largest difference 0 of 255\n");
+    assert!(refused(&["compare", &a, &b]).contains("16x32 and 16x48"));
+
+    // Of one value in 1536 that is 16 off: 10 log10(255^2 * 1536 / 256) = 55.9.
+    let mut pixels = load_image(Path::new(&a), &ImageLimits::default()).unwrap().data().to_vec();
+    pixels[5] ^= 16;
+    write_png(Path::new(&b), &RgbImage::new(16, 32, pixels).unwrap(), None).unwrap();
+    let found = warpstep(&["compare", &a, &b, "--at-least", "55.9"]);
+    assert!(String::from_utf8_lossy(&found.stdout).starts_with("PSNR 55.91 dB"), "{found:?}");
+    assert!(found.status.success());
+    assert_eq!(warpstep(&["compare", &a, &b, "--at-least", "56"]).status.code(), Some(1));
 }
 
 #[test]

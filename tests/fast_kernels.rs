@@ -103,7 +103,7 @@ const TABLE: &[Fast] = &[
     // What it asks for ahead, qkv's weights would push out of L2 before the wait.
     fast("attention_mma_splitkv_bf16", 128, 73_984, 2, Loads::Async, true).late(),
     // The addresses of the whole patch lie between.
-    fast("conv2d_mma_bf16", 128, 76_288, 2, Loads::Async, true).within(160),
+    fast("conv2d_mma_bf16", 128, 76_288, 2, Loads::Async, true).within(128),
     fast("vae_attention_mma_bf16", 256, 166_400, 1, Loads::Async, true).late(),
 ];
 

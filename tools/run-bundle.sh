@@ -206,7 +206,7 @@ fi
 # launches or without; whether they are right is seen beside the emulated device's picture, which other roundings keep
 # from being the same one.
 picture=(generate "a red circle on a blue background" --seed 1)
-alike=("$python" "$bundle/likeness.py" "$bundle/picture.png")
+alike=("$warpstep" compare --at-least 40 "$bundle/picture.png")
 step picture 60 "$warpstep" "${picture[@]}" "${on[@]}" -o "$out/picture.png"
 made=$? right=$made same=$made
 if ((made == 0)); then
@@ -277,9 +277,12 @@ carveout=()
 rings=()
 for op in qkv o_proj gate_up down out_proj linear; do rings+=(--kernel "$op=ring"); done
 step try-carveout 60 "$warpstep" "${token[@]}" "${carveout[@]}" --output "$stem-carveout.json"
-ahead=()
-[[ $device == cuda ]] && ahead=(--cubins "$bundle/try-no-ahead")
-step try-no-ahead 60 "$warpstep" "${token[@]}" "${ahead[@]}" --output "$stem-no-ahead.json"
+# Kernels with one thing changed (tools/bundle.sh).
+for try in no-ahead attention-8; do
+    images=()
+    [[ $device == cuda ]] && images=(--cubins "$bundle/try-$try")
+    step "try-$try" 60 "$warpstep" "${token[@]}" "${images[@]}" --output "$stem-$try.json"
+done
 step try-ring 60 "$warpstep" "${token[@]}" "${rings[@]}" --output "$stem-ring.json"
 step try-both 60 "$warpstep" "${token[@]}" "${carveout[@]}" "${rings[@]}" --output "$stem-both.json"
 

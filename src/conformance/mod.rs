@@ -11,9 +11,11 @@ pub use units::UNITS;
 
 use crate::device::{Buffer, Copies, Device, Geometry, KernelId, Node, NodeList, ParamBytes, Stream};
 use crate::error::{Error, Result};
+use crate::files::write_atomically;
 use crate::ops::params::ConformanceParams;
 use safetensors::tensor::{Dtype, SafeTensors, TensorView};
 use std::collections::HashMap;
+use std::io::Write;
 use std::path::Path;
 use std::sync::Arc;
 
@@ -200,7 +202,7 @@ impl Outputs {
         ]);
         let bytes =
             safetensors::serialize(views, Some(metadata)).map_err(|e| Error::Internal(e.to_string()))?;
-        std::fs::write(path, bytes).map_err(Error::io(path))
+        write_atomically(path, |out| out.write_all(&bytes).map_err(Error::io(path)))
     }
 
     /// Reads a file that [`Outputs::save`] wrote.

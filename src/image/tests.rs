@@ -1,4 +1,5 @@
 use super::*;
+use crate::files::check_destination;
 use std::io;
 use std::path::PathBuf;
 use tempfile::TempDir;

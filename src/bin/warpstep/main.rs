@@ -7,6 +7,7 @@ mod console;
 
 mod args;
 mod bench;
+mod compare;
 mod complete;
 mod doctor;
 mod edit;
@@ -47,6 +48,7 @@ enum Verb {
     Edit(edit::Edit),
     Complete(complete::Complete),
     Reconstruct(reconstruct::Reconstruct),
+    Compare(compare::Compare),
     Verify(verify::Verify),
     /// List the kernels, or test them against their references.
     #[command(subcommand)]
@@ -72,6 +74,7 @@ fn main() -> ExitCode {
         Verb::Edit(verb) => verb.run(),
         Verb::Complete(verb) => verb.run(),
         Verb::Reconstruct(verb) => verb.run(),
+        Verb::Compare(verb) => verb.run(),
         Verb::Verify(verb) => verb.run(),
         Verb::Kernels(verb) => verb.run(),
         Verb::Bench(verb) => verb.run(),

@@ -2,14 +2,16 @@
 
 use crate::args::DeviceArgs;
 use crate::outputs::OutputFiles;
-use anyhow::{Context, Result};
+use anyhow::Result;
 use clap::{Args, ValueEnum};
+use std::io::Write;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 use std::time::{SystemTime, UNIX_EPOCH};
 use warpstep::bench::report::{EMULATED, Format, Header, Report};
 use warpstep::bench::samples::Effort;
 use warpstep::device::Device;
+use warpstep::files::write_atomically;
 
 /// Commit of the checkout that this program was built in, where the build was told (`tools/bundle.sh` does).
 const COMMIT: Option<&str> = option_env!("WARPSTEP_COMMIT");
@@ -129,19 +131,9 @@ impl Measured {
     }
 }
 
-/// Puts `text` in the place of what was in the file, at once: whoever kills this program keeps one whole report.
+/// Whoever kills this program keeps one whole report.
 fn replace(path: &Path, text: &str) -> Result<()> {
-    // Through a link. What is no file, such as /dev/stdout, a rename would replace.
-    let path = std::fs::canonicalize(path).unwrap_or_else(|_| path.to_path_buf());
-    let written = match path.exists() && !path.is_file() {
-        true => std::fs::write(&path, text),
-        false => {
-            let mut new = path.clone().into_os_string();
-            new.push(".new");
-            std::fs::write(&new, text).and_then(|()| std::fs::rename(&new, &path))
-        }
-    };
-    written.with_context(|| format!("cannot write {}", path.display()))
+    Ok(write_atomically(path, |out| out.write_all(text.as_bytes()).map_err(warpstep::Error::io(path)))?)
 }
 
 /// What `nvidia-smi` says of the cards, where there is one: names, driver, clocks and power are only read.

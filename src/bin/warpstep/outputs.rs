@@ -6,7 +6,7 @@ use std::ffi::OsStr;
 use std::fs::canonicalize;
 use std::path::{Path, PathBuf};
 use warpstep::Error;
-use warpstep::image::check_destination;
+use warpstep::files::check_destination;
 
 /// Endings of pictures that are not PNG files: other programs would believe them.
 const OTHER_PICTURES: [&str; 8] = ["jpg", "jpeg", "webp", "gif", "bmp", "tif", "tiff", "avif"];

@@ -12,10 +12,7 @@ static COUNTER: AtomicU64 = AtomicU64::new(0);
 /// Lets `write` fill a temporary file in the destination's directory, flushes it to the disk and renames it. On any
 /// error the destination is untouched and the temporary file is gone. A symbolic link is written through. A directory,
 /// device or pipe is refused, because the rename would replace it, and so is a file that could not be written.
-pub(crate) fn write_atomically(
-    path: &Path,
-    write: impl FnOnce(&mut BufWriter<File>) -> Result<()>,
-) -> Result<()> {
+pub fn write_atomically(path: &Path, write: impl FnOnce(&mut BufWriter<File>) -> Result<()>) -> Result<()> {
     let destination = destination(path).map_err(Error::io(path))?;
     let (mut temporary, file) = create_beside(&destination).map_err(Error::io(path))?;
     let mut out = BufWriter::new(file);
