@@ -327,6 +327,8 @@ fn cases() -> Vec<Case> {
         Shape::prompts((2, 2, 128), &[(0, 65)]),
         Shape::prompts((2, 1, 64), &[(0, 1), (130, 2), (0, 140), (64, 1)]),
         Shape::prompts((1, 1, 128), &[(200, 9), (0, 3)]),
+        // The second one is no affair of the first warp, and its rows see different numbers of key tiles.
+        Shape::prompts((2, 1, 64), &[(0, 20), (50, 40)]),
     ];
     let sizes = (40, 8, 128);
     let mut cases = Vec::new();

@@ -77,8 +77,8 @@ pub fn node(launch: &Launch, label: &str, args: &Args) -> Result<Node> {
 }
 
 fn cases() -> Vec<Case> {
-    // Rows of one go and of several, with tails, and such as no vector load reads.
-    let small = [(1, 96), (3, 75), (5, 264), (9, 2576)];
+    // Rows of one go and of several, with tails, such as no vector load reads, and wider than the weights held ahead.
+    let small = [(1, 96), (3, 75), (5, 264), (9, 2576), (2, 5200)];
     let mut cases = Vec::new();
     for &dtype in DType::ALL {
         for (rows, hidden) in small {
